@@ -1,0 +1,333 @@
+"""From a checked config to the pieces of a run: data, model, objective, optimizer, and the jitted functions.
+
+What can fail for the user's reasons (paths, rows, lengths, names) fails here, before anything is compiled.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxalign import config as config_lib
+from jaxalign import hf, models, objectives, optim, reference, sharding
+from jaxalign import step as step_lib
+from jaxalign.data import batching, sources
+from jaxalign.data.tokenizers import byte_tokenizer
+from jaxalign.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Prepared rows of a run.
+
+    Attributes:
+      tokenizer: a transformers fast tokenizer; `tokenizer_path` is where it came from ("bytes" for the built-in one).
+      train, held_out: prepared pairs; held_out is None without evaluation.
+    """
+
+    tokenizer: Any
+    tokenizer_path: str
+    train: sources.Prepared
+    held_out: sources.Prepared | None
+
+    @property
+    def fingerprint(self) -> dict[str, str | None]:
+        """What a resumed run must find unchanged."""
+        return {"train": self.train.fingerprint, "eval": self.held_out and self.held_out.fingerprint}
+
+
+def load_tokenizer(config: ConfigDict) -> tuple[Any, str]:
+    """The run's tokenizer and the path it came from."""
+    path = config.tokenizer.path or config.model.path
+    if path == "bytes":
+        return byte_tokenizer(), path
+    return hf.load_tokenizer(path, chat_template=config.data.chat_template), path
+
+
+def load_data(config: ConfigDict, dropped_path: Path, dataset: Any = None, eval_dataset: Any = None) -> Data:
+    """Tokenized training and evaluation pairs; rows that can't be used are listed in `dropped_path`.
+
+    Args:
+      dataset, eval_dataset: rows in place of data.path and data.eval.path.
+
+    Raises:
+      ValueError: see `sources.prepare`; or evaluation rows were named twice.
+    """
+    tokenizer, path = load_tokenizer(config)
+    prepare = functools.partial(
+        sources.prepare,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.data.max_prompt_length,
+        format=config.data.format,
+        on_long=config.data.on_long,
+        chat_template=config.data.chat_template,
+        cache_dir=config.data.cache_dir,
+        max_dropped_share=config.data.max_dropped_share,
+        workers=config.data.workers,
+    )
+    source = config.data.path if dataset is None else dataset
+    split = config.data.split if dataset is None else None
+    train = prepare(source, split=split, name=config.data.name, limit=config.data.max_rows, dropped_path=dropped_path)
+    held_out = None
+    eval_path, eval_split = config.data.eval.path, config.data.eval.split
+    if eval_dataset is not None:
+        held_out = prepare(eval_dataset)
+    elif eval_path or eval_split:
+        held_out = prepare(eval_path or config.data.path, split=eval_split or config.data.split, name=config.data.name)
+    elif config.data.eval.fraction:
+        train, held_out = sources.split_by_hash(train, config.data.eval.fraction)
+    return Data(tokenizer, path, train, held_out)
+
+
+def model_config(config: ConfigDict, *, path: str | None, platform: str | None = None) -> ModelConfig:
+    """The ModelConfig of model.path (or another `path`), or of model.random, and how it is run on `platform`."""
+    cfg = models.config_from_hf(config.model.random.to_dict()) if path is None else hf.read_config(path)
+    on_cpu = (platform or jax.default_backend()) == "cpu"
+    dtype, remat = config.model.compute_dtype, config.model.remat
+    return dataclasses.replace(
+        cfg,
+        compute_dtype=("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype,
+        # A laptop has memory for the products of its small batches; a chip that is filled with rows has not.
+        remat=("dots" if on_cpu else "full") if remat == "auto" else remat,
+    )
+
+
+def check_model(cfg: ModelConfig, config: ConfigDict, tokenizer: Any) -> None:
+    """Raises ValueError where model, tokenizer and lengths do not go together."""
+    if len(tokenizer) > cfg.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model only {cfg.vocab_size}: "
+            "tokenizer.path belongs to another model"
+        )
+    if config.max_length > cfg.max_position_embeddings:
+        raise ValueError(
+            f"max_length = {config.max_length} is more than the model's {cfg.max_position_embeddings} positions"
+        )
+
+
+class Run:
+    """The pieces of one run on one mesh; call under `jax.set_mesh(mesh)`.
+
+    Attributes:
+      cfg, mesh, data, objective, schedule: as their names say.
+      source: step -> host batch, with `ref_logps` where the reference is cached.
+      steps: updates of the whole run.
+      rows: of a global batch.
+      state: the abstract TrainState with its shardings, for restoring.
+      train_step: jitted (state, None, batch) -> (state, metrics); the state is donated.
+      score: jitted (reference weights, batch) -> ref_logps [R, T].
+      examples: jitted (weights, None, batch) -> per-pair values on every device.
+      sync: jitted state -> state with the reference moved; None for a fixed one.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh, data: Data):
+        self.config, self.mesh, self.data = config, mesh, data
+        platform = mesh.devices.flat[0].platform
+        self.cfg = model_config(config, path=config.model.path, platform=platform)
+        check_model(self.cfg, config, data.tokenizer)
+        ref_path = config.reference.path
+        self.ref_cfg = self.cfg if ref_path is None else model_config(config, path=ref_path, platform=platform)
+        check_model(self.ref_cfg, config, data.tokenizer)
+        self.begins_at_reference = ref_path is None
+
+        terms, options = config_lib.loss_arguments(config)
+        self.objective = objectives.pairwise(self.cfg, terms, **options)
+        self.rows = self.objective.rows_per_example * config.batch_size
+        self._plan_batches()
+        self._make_functions()
+
+    def _plan_batches(self) -> None:
+        config = self.config
+        self._buckets = tuple(config.data.buckets) or None
+        rows = sharding.process_rows(self.mesh, self.rows)
+        pairs = batching.PairSource(
+            self.data.train, batch_size=config.batch_size, seed=config.seed, buckets=self._buckets, rows=rows
+        )
+        self.source: Callable[..., Any] = pairs
+        self.pairs_of = pairs.pairs_of
+        self.steps = config.steps or pairs.steps(config.epochs)
+        self.cached_reference = config.reference.mode == "cached"
+        micro_pairs = config.batch_size // config.gradient_accumulation_steps
+        self.eval_pairs = config.eval.batch_size or micro_pairs
+        self._score_pairs = micro_pairs
+
+    def _make_functions(self) -> None:
+        config, mesh = self.config, self.mesh
+        o = config.optim.to_dict()
+        self.schedule = optim.make_schedule(
+            o["schedule"],
+            o["learning_rate"],
+            steps=self.steps,
+            warmup_steps=o["warmup_steps"],
+            warmup_ratio=o["warmup_ratio"],
+            final_ratio=o["final_ratio"],
+        )
+        options = {name: o[name] for name in optim.options(o["name"]) if o[name] is not None}
+        tx = optim.make_optimizer(o["name"], schedule=self.schedule, weight_decay=o["weight_decay"], **options)
+        micro_batches = config.gradient_accumulation_steps
+        step = step_lib.make_train_step(
+            self.objective,
+            tx,
+            gradient_accumulation_steps=micro_batches,
+            max_grad_norm=o["max_grad_norm"],
+            nonfinite=o["nonfinite"],
+        )
+        whole = sharding.replicated(mesh)
+        self._shardings = sharding.param_shardings(mesh, models.declare(self.cfg))
+        self._ref_shardings = sharding.param_shardings(mesh, models.declare(self.ref_cfg))
+        params = models.abstract(self.cfg, np.float32, self._shardings)
+        moving = config.reference.sync_every > 0
+
+        def new_state(params: models.Params, ref_params: models.Params | None) -> step_lib.TrainState:
+            if ref_params is None:
+                return step_lib.init_state(params, tx)
+            return step_lib.init_state(params, tx, reference=jax.tree.map(jnp.copy, ref_params))
+
+        abstract = jax.eval_shape(new_state, params, params if moving else None)
+        shardings = step_lib.TrainState(
+            step=whole,
+            params=self._shardings,
+            opt_state=optim.state_shardings(tx, params),
+            aux={name: self._shardings if name == "reference" else whole for name in abstract.aux},
+        )
+        self.state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        self._new_state = jax.jit(new_state, donate_argnums=0, out_shardings=shardings)
+        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
+        self.score = jax.jit(
+            reference.make_score(self.ref_cfg, micro_batches=micro_batches), out_shardings=sharding.row_sharding(mesh)
+        )
+        # Rows outside of training come in batches of a micro-batch's size already.
+        self._score_once = jax.jit(reference.make_score(self.ref_cfg), out_shardings=sharding.row_sharding(mesh))
+        self.examples = jax.jit(self.objective.examples, out_shardings=whole)
+        self.gradients = step_lib.make_gradients(self.objective, gradient_accumulation_steps=micro_batches)
+        self.sync: Any = None
+        if moving:
+
+            def sync(state: step_lib.TrainState) -> step_lib.TrainState:
+                old, halted = state.aux["reference"], state.aux["halted"]
+                mixed = reference.mix(state.params, old, config.reference.sync_alpha)
+                mixed = jax.tree.map(lambda new, old: jnp.where(halted, old, new), mixed, old)
+                return state._replace(aux={**state.aux, "reference": mixed})
+
+            self.sync = jax.jit(sync, donate_argnums=0, out_shardings=shardings)
+
+    @functools.cached_property
+    def _initial(self) -> models.Params:
+        """The policy's first weights in float32; read when they are first wanted."""
+        if self.config.model.path is not None:
+            return self._load(self.config.model.path, self.cfg, self._shardings)
+        init = jax.jit(functools.partial(models.init, self.cfg), out_shardings=self._shardings)
+        return init(jax.random.key(self.config.seed))
+
+    def _load(self, path: str, cfg: ModelConfig, shardings: Any) -> models.Params:
+        began = time.perf_counter()
+        params = hf.load(path, cfg, dtype="float32", shardings=shardings)[1]
+        log.info("read %s in %.1f s", path, time.perf_counter() - began)
+        return params
+
+    @functools.cached_property
+    def reference_params(self) -> models.Params:
+        """The fixed reference's weights, in the compute dtype."""
+        path = self.config.reference.path
+        params = self._initial if path is None else self._load(path, self.ref_cfg, self._ref_shardings)
+        return jax.jit(functools.partial(reference.frozen_copy, self.ref_cfg))(params)
+
+    def new_state(self) -> step_lib.TrainState:
+        """The state before the first step. The weights as they were read are given up to it."""
+        moving = None
+        if self.sync is not None:
+            own = self.config.reference.path is None
+            moving = self._initial if own else self._load(self.config.reference.path, self.cfg, self._shardings)
+        elif not self.cached_reference:
+            _ = self.reference_params  # its own copy, made while the weights are there
+        weights = jax.tree.map(jnp.copy, self._initial) if moving is self._initial else self._initial
+        del self.__dict__["_initial"]
+        return self._new_state(weights, moving)
+
+    def reference_of(self, state: step_lib.TrainState) -> models.Params | None:
+        """The weights that score a training batch; None where its ref_logps come with it."""
+        if self.sync is not None:
+            return state.aux["reference"]
+        return None if self.cached_reference else self.reference_params
+
+    def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A host batch of training on the mesh."""
+        return reference.place(self.mesh, batch, self.rows)
+
+    def score_reference(self, say: Callable[[str], None]) -> None:
+        """Scores what is scored once: the training rows for reference.mode=cached, and the evaluation rows."""
+        if self.cached_reference:
+            lookup = self._cached(self.data.train, self._score_pairs, "training", say)
+            rows = sharding.process_rows(self.mesh, self.rows)
+            pairs = self.source
+
+            def source(n: int, view: Any = None) -> Any:
+                batch = pairs(n, view)
+                return {**batch, "ref_logps": lookup(batch, rows)}
+
+            self.source = source
+        if self.data.held_out is not None:
+            limit = self.config.eval.max_rows
+            held_out = self.data.held_out
+            self._eval_data = held_out if limit is None else held_out.select(np.arange(min(limit, len(held_out))))
+            if self.sync is None:
+                self._eval_reference = self._cached(self._eval_data, self.eval_pairs, "evaluation", say)
+
+    def _cached(
+        self, prepared: sources.Prepared, pairs: int, what: str, say: Callable[[str], None]
+    ) -> reference.Cached:
+        path = reference.cache_file(
+            self.data.train.folder.parent, model=self._reference_identity(), prepared=prepared, cfg=self.ref_cfg
+        )
+
+        def tell(done: int, total: int) -> None:
+            if done == total or done % max(1, total // 10) == 0:
+                say(f"reference log-probs of the {what} rows: {done}/{total} batches")
+
+        return reference.cached(
+            path,
+            prepared,
+            self._score_once,
+            lambda: self.reference_params,
+            mesh=self.mesh,
+            batch_size=pairs,
+            buckets=self._buckets,
+            on_progress=tell,
+        )
+
+    def _reference_identity(self) -> str:
+        path = self.config.reference.path or self.config.model.path
+        if path is not None:
+            return hf.fingerprint(path)
+        random = {"seed": self.config.seed, "model": self.config.model.random.to_dict()}
+        return hashlib.sha256(json.dumps(random, sort_keys=True).encode()).hexdigest()
+
+    def eval_batches(self, state: step_lib.TrainState) -> Iterator[dict[str, jax.Array]]:
+        """The fixed evaluation pairs on the mesh, with ref_logps. After `score_reference`."""
+        n_rows = 2 * self.eval_pairs
+        rows = sharding.process_rows(self.mesh, n_rows)
+        batches = batching.EvalBatches(
+            self._eval_data, batch_size=self.eval_pairs, buckets=self._buckets, rows=rows
+        )
+        for n in range(len(batches)):
+            batch = batches[n]
+            if self.sync is None:
+                yield reference.place(self.mesh, {**batch, "ref_logps": self._eval_reference(batch, rows)}, n_rows)
+            else:
+                placed = reference.place(self.mesh, batch, n_rows)
+                yield {**placed, "ref_logps": self._score_once(state.aux["reference"], placed)}

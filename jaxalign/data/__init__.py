@@ -1,0 +1,1 @@
+"""Data: rows (`sources`) -> examples (`formats`) -> tokens (`chat`) -> batches (`batching`)."""

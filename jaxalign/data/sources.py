@@ -1,0 +1,815 @@
+"""Rows from files, packages, folders, the hub or memory -> tokenized pairs on disk, made once and memory-mapped."""
+
+import contextlib
+import csv
+import difflib
+import glob
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import util as importlib_util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxalign.data.chat import EncodedPair, encode_pairs, template_of
+from jaxalign.data.formats import FORMATS, Example, RowError, detect
+
+log = logging.getLogger(__name__)
+
+# Part of every cache key: raise it whenever the same rows would become other tokens or other files.
+VERSION = 1
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz")
+
+# Rows handed to the tokenizer at once; and the number of rows from which worker processes pay for their start.
+_CHUNK = 1000
+_WORKERS_FROM = 8000
+
+_ARRAYS = ("tokens", "offsets", "prompt_lengths", "rows", "prompt_hashes", "text_offsets")
+
+
+# ---- reading rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a source, read when iterated. A row is what its format gets: a dict, or text that is not JSON.
+
+    Attributes:
+        label: the source's name in messages.
+        fingerprint: a hash of the content, known without reading rows where the content is files.
+    """
+
+    label: str
+    fingerprint: str
+    read: Callable[[], Iterator[Any]] = field(repr=False)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.read()
+
+
+def read_rows(
+    source: Any, *, split: str | None = None, name: str | None = None, limit: int | None = None
+) -> Rows:
+    """Finds a source's rows.
+
+    Args:
+        source: a file (json, jsonl, parquet, csv; the text ones also .gz), a glob, a list of these, `package:NAME/FILE`
+            (a file inside an installed package), a folder (of `save_to_disk`, or one that `datasets.load_dataset`
+            reads), a dataset id on the Hugging Face hub, a list of dicts, or a `datasets.Dataset`.
+        split: which split of a folder, hub dataset or DatasetDict; None: "train". What has no splits takes no other.
+        name: configuration of a hub dataset.
+        limit: keep the first rows only.
+
+    Raises:
+        ValueError: nothing is there; the message names what was looked for and what is near.
+    """
+    if isinstance(source, Rows):
+        rows = source
+    elif isinstance(source, (str, os.PathLike)):
+        rows = _read_path(str(source), split, name)
+    elif isinstance(source, Sequence) and source and all(isinstance(item, (str, os.PathLike)) for item in source):
+        rows = _read_files([file for item in source for file in find_files(str(item))], split, name)
+    elif isinstance(source, Sequence):
+        rows = _in_memory(list(source), f"a list of {len(source)} rows")
+    elif hasattr(source, "column_names"):
+        rows = _read_dataset(source, split, "a dataset in memory", key=None)
+    else:
+        raise ValueError(
+            f"data must be a path, a list of paths, a hub id, a list of dicts or a datasets.Dataset, got "
+            f"{type(source).__name__}"
+        )
+    if limit is None:
+        return rows
+    if limit < 1:
+        raise ValueError(f"limit={limit}, expected at least 1")
+    return Rows(rows.label, _digest(rows.fingerprint, limit), lambda: itertools.islice(iter(rows), limit))
+
+
+def find_files(path: str) -> list[Path]:
+    """The files that a path, a glob or `package:NAME/FILE` names; raises ValueError if there are none."""
+    if path.startswith("package:"):
+        return [_package_file(path)]
+    path = os.path.expanduser(path)
+    if os.path.isfile(path):
+        return [Path(path)]
+    found = sorted(Path(file) for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    if not found:
+        raise ValueError(f"no data file {path!r}{_nearest(Path(path))}")
+    return found
+
+
+def _package_file(path: str) -> Path:
+    package, _, inside = path.removeprefix("package:").partition("/")
+    spec = importlib_util.find_spec(package) if package.isidentifier() else None
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    if not folders:
+        raise ValueError(f"{path!r}: there is no installed package {package!r}; expected package:NAME/FILE")
+    for folder in folders:
+        file = (folder / inside).resolve()
+        if file.is_file() and file.is_relative_to(folder.resolve()):
+            return file
+    raise ValueError(f"{path!r}: the package {package!r} has no file {inside!r}{_nearest(folders[0] / inside)}")
+
+
+def _nearest(path: Path) -> str:
+    """The end of a message about a missing file: the names in its folder that look like it."""
+    folder = path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    if folder != path.parent:
+        return f"; the folder {str(path.parent)!r} does not exist"
+    names = [entry.name for entry in itertools.islice(folder.iterdir(), 10_000)]
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(str(folder / name)) for name in near)}?" if near else ""
+
+
+def _read_path(path: str, split: str | None, name: str | None) -> Rows:
+    expanded = Path(path).expanduser()
+    if expanded.is_dir():
+        return _read_folder(expanded, split, name)
+    is_file_name = path.endswith(SUFFIXES) or path.startswith(("package:", "/", ".", "~")) or glob.has_magic(path)
+    if expanded.is_file() or is_file_name or path.count("/") > 1:
+        return _read_files(find_files(path), split, name)
+    return _read_hub(path, split, name)
+
+
+def _read_files(files: list[Path], split: str | None, name: str | None) -> Rows:
+    if split not in (None, "train") or name is not None:
+        raise ValueError(
+            f"split={split!r} and name={name!r} are for data sets of `datasets`; {files[0]} is a file, which has no "
+            "splits: give the path of the file that you mean"
+        )
+    for file in files:
+        if not file.name.endswith(SUFFIXES):
+            raise ValueError(f"{file}: cannot read this kind of file; expected {', '.join(SUFFIXES)}")
+    label = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    key = _digest("files", *((file.name.split(".", 1)[-1], _hash_file(file)) for file in files))
+    return Rows(label, key, lambda: itertools.chain.from_iterable(map(_read_file, files)))
+
+
+def _read_file(file: Path) -> Iterator[Any]:
+    kind = next(suffix for suffix in SUFFIXES if file.name.endswith(suffix)).removesuffix(".gz")
+    if kind == ".parquet":
+        import pyarrow.parquet
+
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=_CHUNK):
+            yield from batch.to_pylist()
+        return
+    try:
+        with gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb") as stream:
+            if kind == ".csv":
+                csv.field_size_limit(2**31 - 1)
+                yield from csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+            else:
+                yield from _read_json(stream, file)
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is damaged or not what its name says: {error}") from error
+
+
+def _read_json(stream: Any, file: Path) -> Iterator[Any]:
+    """Rows of one JSON list, or of one JSON value a line. A line that is no JSON is given as its text."""
+    first = next((line for line in stream if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
+    if first.lstrip().startswith(b"["):
+        try:
+            rows = json.loads(first + stream.read())
+        except ValueError as error:
+            raise ValueError(f"{file} begins like one JSON list but is none: {error}") from error
+        yield from rows
+        return
+    for line in itertools.chain([first], stream):  # bytes: split at \n alone, not at every line separator of Unicode
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                yield line.decode("utf-8", errors="replace")
+
+
+def _read_folder(folder: Path, split: str | None, name: str | None) -> Rows:
+    import datasets
+
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        return _read_dataset(datasets.load_from_disk(str(folder)), split, str(folder), key=str)
+    return _load_dataset(str(folder), split, name)
+
+
+def _read_hub(path: str, split: str | None, name: str | None) -> Rows:
+    try:
+        return _load_dataset(path, split, name)
+    except Exception as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        way_out = (
+            "HF_HUB_OFFLINE is set, so only data sets in the local cache can be used: unset it, or give a local file"
+            if offline
+            else "if the data set is gated, accept its terms on its page and set HF_TOKEN; or give a local file"
+        )
+        raise ValueError(
+            f"{path!r} is no file or folder here{_nearest(Path(path))}, and as a dataset of the Hugging Face hub it "
+            f"cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); {way_out}"
+        ) from error
+
+
+def _load_dataset(path: str, split: str | None, name: str | None) -> Rows:
+    import datasets
+
+    split = split or "train"
+    # A repository's own code is never run: datasets >= 4 cannot, and nothing here asks for it.
+    data = datasets.load_dataset(path, name, split=split)
+    return _read_dataset(data, None, f"{path} ({split})", key=lambda file: f"{split}:{file}")
+
+
+def _read_dataset(data: Any, split: str | None, label: str, *, key: Callable[[str], str] | None) -> Rows:
+    """Rows of a `datasets.Dataset`. With `key`, its Arrow files are hashed in place of its rows."""
+    if hasattr(data, "keys"):  # a DatasetDict
+        split = split or "train"
+        if split not in data:
+            raise ValueError(f"{label} has no split {split!r}; it has {', '.join(map(repr, data))}")
+        data, label = data[split], f"{label} ({split})"
+    elif split not in (None, "train"):
+        raise ValueError(f"{label} has no splits, so split={split!r} cannot be chosen")
+    if not hasattr(data, "cache_files"):
+        raise ValueError(f"{label}: a streamed data set has no fixed rows; load it without streaming")
+    files = [entry["filename"] for entry in data.cache_files]
+
+    def read() -> Iterator[Any]:
+        for table in data.with_format("arrow").iter(_CHUNK):
+            yield from table.to_pylist()
+
+    if key is None or not files:
+        return Rows(label, _hash_rows(read()), read)
+    hashes = [(key(Path(file).suffix), _hash_file(Path(file))) for file in files]
+    return Rows(label, _digest("arrow", len(data), *data.column_names, *hashes), read)
+
+
+def _in_memory(rows: list[Any], label: str) -> Rows:
+    return Rows(label, _hash_rows(rows), lambda: iter(rows))
+
+
+def _hash_rows(rows: Iterable[Any]) -> str:
+    state = hashlib.sha256()
+    for row in rows:
+        state.update(_to_json(row))
+        state.update(b"\n")
+    return state.hexdigest()
+
+
+def _hash_file(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _to_json(row: Any) -> bytes:
+    """One line of JSON. What JSON lacks (bytes, images, dates) becomes an object, so that no format takes it for text."""
+    return json.dumps(row, ensure_ascii=False, default=_plain).encode("utf-8", errors="surrogatepass")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    return {"type": type(value).__name__}
+
+
+# ---- what is prepared
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenized pairs, memory-mapped; or a selection of them. Pair i of N has its own tokens, lengths and text.
+
+    Attributes:
+        index: [N] int64, places of these pairs in the cached arrays.
+        fingerprint: hash of the tokens of these pairs in this order; equal for equal tokens wherever they came from.
+        meta: of the whole cached set: label, format, rows, kept, dropped {reason: rows}, truncated (pairs with a side
+            that was cut), unfinished (sides that were not cut and hold no eos), max_length, columns.
+        pad_id: what batches are filled up with.
+        folder: where the arrays, `texts.jsonl` and `dropped.jsonl` lie.
+    """
+
+    folder: Path
+    meta: Mapping[str, Any]
+    fingerprint: str
+    pad_id: int
+    index: np.ndarray = field(repr=False)
+    arrays: Mapping[str, np.ndarray] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[N, 2] int32: tokens of prompt + chosen and of prompt + rejected."""
+        return np.diff(self.arrays["offsets"]).astype(np.int32).reshape(-1, 2)[self.index]
+
+    @cached_property
+    def prompt_lengths(self) -> np.ndarray:
+        """[N] int32: tokens of the prompt, shared by both sides and not scored."""
+        return np.asarray(self.arrays["prompt_lengths"])[self.index]
+
+    def pair(self, i: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """(ids of prompt + chosen, ids of prompt + rejected, length of the prompt), ids int32."""
+        at = int(self.index[i])
+        start, middle, end = (int(offset) for offset in self.arrays["offsets"][2 * at : 2 * at + 3])
+        tokens = self.arrays["tokens"]
+        return tokens[start:middle], tokens[middle:end], int(self.arrays["prompt_lengths"][at])
+
+    def prompt(self, i: int) -> np.ndarray:
+        """Ids of pair i's prompt [P] int32, to generate from."""
+        chosen, _, border = self.pair(i)
+        return chosen[:border]
+
+    def source_row(self, i: int) -> int:
+        """The number of pair i's row in the source, from 0."""
+        return int(self.arrays["rows"][self.index[i]])
+
+    def text(self, i: int) -> Any:
+        """Pair i's row as it stood in the source."""
+        return self.source_text(self.source_row(i))
+
+    def source_text(self, row: int) -> Any:
+        """Row `row` of the source, kept or dropped."""
+        start, end = self.arrays["text_offsets"][row : row + 2]
+        with open(self.folder / "texts.jsonl", "rb") as stream:
+            stream.seek(int(start))
+            return json.loads(stream.read(int(end - start)))
+
+    def dropped(self) -> Iterator[dict[str, Any]]:
+        """{row, reason, detail} of each row of the source that was left out."""
+        with open(self.folder / "dropped.jsonl", "rb") as stream:
+            yield from map(json.loads, stream)
+
+    def select(self, places: np.ndarray) -> "Prepared":
+        """The pairs at these places (into this selection), in their order."""
+        index = self.index[np.asarray(places, np.int64)]
+        fingerprint = self.fingerprint
+        if not np.array_equal(index, self.index):
+            fingerprint = _digest(self.meta["fingerprint"], hashlib.sha256(index.tobytes()).hexdigest())
+        return replace(self, index=index, fingerprint=fingerprint)
+
+
+def split_by_hash(prepared: Prepared, fraction: float) -> tuple[Prepared, Prepared]:
+    """(train, held out): a prompt goes by its hash, so it is never in both, and where it goes depends on it alone.
+
+    About `fraction` of the prompts are held out. Raises ValueError if either part is empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"data.eval.fraction must lie between 0 and 1, got {fraction}")
+    held_out = np.asarray(prepared.arrays["prompt_hashes"])[prepared.index] < np.uint64(int(fraction * 2**64))
+    if held_out.all() or not held_out.any():
+        raise ValueError(
+            f"data.eval.fraction={fraction} puts {int(held_out.sum())} of {len(prepared)} pairs into the held-out part: "
+            "take another fraction, or give data.eval.path a file of its own"
+        )
+    return prepared.select(np.flatnonzero(~held_out)), prepared.select(np.flatnonzero(held_out))
+
+
+def prepare(
+    source: Any,
+    *,
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    format: str = "auto",
+    on_long: str = "truncate",
+    chat_template: str | None = None,
+    split: str | None = None,
+    name: str | None = None,
+    limit: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    dropped_path: str | os.PathLike[str] | None = None,
+    max_dropped_share: float = 0.1,
+    workers: int | None = None,
+) -> Prepared:
+    """Tokenized pairs of a source: from the cache if the same was made before, else made on all cores and cached.
+
+    Both sides keep their first `max_length` tokens. A pair is dropped if its row cannot be read, a side is empty or
+    blank, both sides are equal (before or after the cut), or the prompt leaves no room for a response.
+
+    Args:
+        source: see `read_rows`, as are split, name and limit.
+        tokenizer: a fast tokenizer of transformers.
+        max_length: most tokens of prompt + response.
+        max_prompt_length: pairs with a longer prompt are dropped; a prompt is never cut.
+        format: a name in FORMATS, or "auto": chosen by the first rows, and logged.
+        on_long: "truncate", or "drop" for pairs with a side of more than `max_length` tokens.
+        chat_template: in place of the tokenizer's own.
+        cache_dir: a folder private to the user is made here; None: `$XDG_CACHE_HOME/jaxalign/data`.
+        dropped_path: where the rows that were left out are listed: {"row", "reason", "detail"} a line.
+        max_dropped_share: more than this share of dropped rows raises.
+        workers: processes; None: one a core for large sources, none for small ones.
+
+    Raises:
+        ValueError: an argument is wrong, the source cannot be read, no pair is left, or too many were dropped.
+    """
+    _check("max_length", max_length, max_length >= 2, "at least 2 tokens")
+    _check("format", format, format == "auto" or format in FORMATS, f"auto or one of {', '.join(FORMATS)}")
+    _check("on_long", on_long, on_long in ("truncate", "drop"), "truncate or drop")
+    _check("max_dropped_share", max_dropped_share, 0 <= max_dropped_share <= 1, "a share from 0 to 1")
+    if chat_template is not None:
+        _check("chat_template", chat_template, "{" in chat_template, "the text of a Jinja template")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer of transformers, which is what data needs")
+    rows = read_rows(source, split=split, name=name, limit=limit)
+    task = _Task(
+        format=format,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        on_long=on_long,
+        chat_template=template_of(tokenizer, chat_template),
+        tokenizer=_tokenizer_json(tokenizer),
+        special_tokens={key: str(value) for key, value in tokenizer.special_tokens_map.items() if key.endswith("_token")},
+    )
+    folder = _cache_root(cache_dir) / _digest(VERSION, rows.fingerprint, _versions(), task.key())
+    prepared = _open(folder, tokenizer)
+    if prepared is None:
+        prepared = _make(folder, rows, task, tokenizer, workers)
+    else:
+        log.info("%s: %d pairs from the cache %s", rows.label, len(prepared), folder)
+    if dropped_path is not None:
+        listed = Path(dropped_path)
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        partial = listed.with_name(f"{listed.name}.{os.uname().nodename}-{os.getpid()}")  # processes may share the folder
+        shutil.copyfile(folder / "dropped.jsonl", partial)
+        partial.replace(listed)
+    _check_dropped(prepared, rows.label, max_dropped_share, dropped_path or folder / "dropped.jsonl")
+    return prepared
+
+
+def _check(name: str, value: Any, good: bool, expected: str) -> None:
+    if not good:
+        raise ValueError(f"{name}={value!r}, expected {expected}")
+
+
+def _check_dropped(prepared: Prepared, label: str, allowed: float, listed: Any) -> None:
+    total, kept, reasons = prepared.meta["rows"], prepared.meta["kept"], prepared.meta["dropped"]
+    dropped = sum(reasons.values())
+    counts = "\n".join(f"  {count:>8,} {reason}" for reason, count in reasons.items())
+    if total == 0:
+        raise ValueError(f"{label} has no rows")
+    if kept == 0 or dropped > allowed * total:
+        raise ValueError(
+            f"{label}: {dropped:,} of {total:,} rows ({dropped / total:.1%}) cannot be used, more than "
+            f"max_dropped_share={allowed:g} allows:\n{counts}\nEach is listed with its number in {listed}; the columns "
+            f"are {', '.join(prepared.meta['columns'])}. Repair the data, raise max_length "
+            f"({prepared.meta['max_length']}) if prompts are too long, name the format "
+            f"({', '.join(FORMATS)}; it was {prepared.meta['format']}), or raise data.max_dropped_share."
+        )
+    if dropped:
+        log.warning("%s: dropped %d of %d rows (listed in %s):\n%s", label, dropped, total, listed, counts)
+
+
+# ---- making it
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Everything that decides what a row becomes; goes to the workers as JSON."""
+
+    format: str
+    max_length: int
+    max_prompt_length: int | None
+    on_long: str
+    chat_template: str | None
+    tokenizer: str = field(repr=False)
+    special_tokens: Mapping[str, str]
+
+    def key(self) -> str:
+        return _digest(*(getattr(self, name) for name in self.__dataclass_fields__))
+
+
+@dataclass
+class _Chunk:
+    """What a run of rows became; the lists are one entry a pair (tokens: two a pair)."""
+
+    tokens: list[list[int]] = field(default_factory=list)
+    prompt_lengths: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    prompt_hashes: list[int] = field(default_factory=list)
+    dropped: list[dict[str, Any]] = field(default_factory=list)
+    truncated: int = 0
+    unfinished: int = 0
+
+
+def _tokenizer_json(tokenizer: Any) -> str:
+    """The tokenizer's rules as JSON, without the padding and truncation that its last caller happened to set."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({key: value for key, value in rules.items() if key not in ("padding", "truncation")})
+
+
+def _versions() -> list[str]:
+    import tokenizers
+    import transformers
+
+    return [tokenizers.__version__, transformers.__version__]
+
+
+def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxalign" / "data"
+    root = Path(cache_dir).expanduser() if cache_dir is not None else default
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return root
+
+
+def _open(folder: Path, tokenizer: Any) -> Prepared | None:
+    """The prepared data of a cache folder, or None if there is none or a file is not as long as it was written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
+            return None
+        mode = "r" if meta["kept"] else None  # an empty array cannot be mapped
+        arrays = {key: np.load(folder / f"{key}.npy", mmap_mode=mode, allow_pickle=False) for key in _ARRAYS}
+    except (OSError, ValueError, KeyError):
+        return None
+    pad_id = next(
+        (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None),
+        0,  # any id will do: a pad is never scored and never attended to
+    )
+    index = np.arange(meta["kept"], dtype=np.int64)
+    return Prepared(folder, meta, meta["fingerprint"], pad_id, index, arrays)
+
+
+def _make(folder: Path, rows: Rows, task: _Task, tokenizer: Any, workers: int | None) -> Prepared:
+    started = time.monotonic()
+    _sweep(folder.parent)
+    work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))  # mkdtemp: for this user alone
+    try:
+        text_offsets, chosen_format, columns = _write_texts(rows, work, task.format)
+        task = replace(task, format=chosen_format)
+        total = len(text_offsets) - 1
+        if workers is None:
+            workers = _cores() if total >= _WORKERS_FROM and sys.executable else 0
+        log.info("%s: tokenizing %d rows as %s", rows.label, total, chosen_format)
+        starts = range(0, total, _CHUNK)
+        if workers > 1:
+            _run_workers(work, task, workers, total)
+        else:
+            for start in starts:
+                _encode_file(work, start, task, tokenizer)
+        meta = _assemble(work, starts, text_offsets)
+        meta |= {
+            "label": rows.label,
+            "format": chosen_format,
+            "rows": total,
+            "columns": columns,
+            "max_length": task.max_length,
+        }
+        meta["sizes"] = {
+            name: (work / name).stat().st_size
+            for name in [*(f"{key}.npy" for key in _ARRAYS), "texts.jsonl", "dropped.jsonl"]
+        }
+        (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        prepared = _publish(work, folder, tokenizer)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    log.info("%s: %d pairs in %.1f s, cached in %s", rows.label, len(prepared), time.monotonic() - started, folder)
+    return prepared
+
+
+def _publish(work: Path, folder: Path, tokenizer: Any) -> Prepared:
+    """Renames the finished folder into place. Another process may have been faster: then its equal work is used."""
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            work.rename(folder)
+        prepared = _open(folder, tokenizer)
+        if prepared is not None:
+            return prepared
+        shutil.rmtree(folder, ignore_errors=True)  # what lay there is damaged
+    raise OSError(f"the prepared data cannot be written to {folder}; set the cache folder to one that can be written")
+
+
+def _sweep(root: Path) -> None:
+    """Removes what killed runs left behind more than a day ago."""
+    for left in root.glob(".tmp-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write_texts(rows: Rows, work: Path, format: str) -> tuple[np.ndarray, str, list[str]]:
+    """Writes each row as a line of texts.jsonl. Returns where they begin [rows + 1] int64, the format, the columns."""
+    offsets, columns = [0], None
+    with open(work / "texts.jsonl", "wb") as out:
+        for row in rows:
+            if columns is None and isinstance(row, Mapping):
+                columns = [str(column) for column in row]
+            if format == "auto" and (found := detect(row)):
+                format = found
+                log.info("%s: the rows look like the format %s", rows.label, format)
+            offsets.append(offsets[-1] + out.write(_to_json(row) + b"\n"))
+    if format == "auto":
+        format = "pairs"  # no row told; its errors say what is missing
+    text_offsets = np.asarray(offsets, np.int64)
+    np.save(work / "text_offsets.npy", text_offsets)
+    return text_offsets, format, columns or []
+
+
+def _run_workers(work: Path, task: _Task, workers: int, total: int) -> None:
+    """Encodes all chunks in processes of their own. Started as fresh interpreters (not spawned or forked by
+    multiprocessing), they neither import the caller's script again nor inherit the threads of a device runtime."""
+    (work / "task.json").write_text(json.dumps({key: getattr(task, key) for key in task.__dataclass_fields__}))
+    package_parent = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    command = (
+        "import sys; from jaxalign.data.sources import encode_worker; "
+        "encode_worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
+    )
+    logs = [open(work / f"worker-{n}.log", "wb") for n in range(workers)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", command, str(work), str(n), str(workers)],
+            stdin=subprocess.DEVNULL,
+            stdout=logs[n],
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        for n in range(workers)
+    ]
+    try:
+        pending, told = dict(enumerate(processes)), time.monotonic()
+        while pending:
+            for n, process in list(pending.items()):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.1)
+                if process.returncode:
+                    said = (work / f"worker-{n}.log").read_text(errors="replace").strip().splitlines()[-12:]
+                    raise RuntimeError(f"tokenizing worker {n} ended with {process.returncode}:\n" + "\n".join(said))
+                if process.returncode == 0:
+                    del pending[n]
+            if time.monotonic() - told > 10:
+                told = time.monotonic()
+                log.info("tokenized about %d of %d rows", _CHUNK * len(list(work.glob("chunk-*.json"))), total)
+    finally:
+        for process, stream in zip(processes, logs, strict=True):
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            stream.close()
+
+
+def encode_worker(folder: str, worker: int, workers: int) -> None:
+    """The body of a worker process: encodes each chunk whose number is `worker` modulo `workers`."""
+    import transformers
+
+    path = Path(folder)
+    task = _Task(**json.loads((path / "task.json").read_text()))
+    (path / f"tokenizer-{worker}.json").write_text(task.tokenizer, encoding="utf-8")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(path / f"tokenizer-{worker}.json"), **task.special_tokens
+    )
+    total = len(np.load(path / "text_offsets.npy", mmap_mode="r")) - 1
+    for start in range(worker * _CHUNK, total, workers * _CHUNK):
+        _encode_file(path, start, task, tokenizer)
+
+
+def _encode_file(folder: Path, start: int, task: _Task, tokenizer: Any) -> None:
+    """Encodes the chunk of rows from `start` of texts.jsonl into files beside it."""
+    offsets = np.load(folder / "text_offsets.npy", mmap_mode="r")[start : start + _CHUNK + 1]
+    with open(folder / "texts.jsonl", "rb") as stream:
+        stream.seek(int(offsets[0]))
+        lines = stream.read(int(offsets[-1] - offsets[0])).splitlines()
+    chunk = _encode(lines, start, task, tokenizer)
+    np.savez(
+        folder / f"chunk-{start}.npz",
+        tokens=np.fromiter(itertools.chain.from_iterable(chunk.tokens), np.int32),
+        lengths=np.asarray([len(ids) for ids in chunk.tokens], np.int64),
+        prompt_lengths=np.asarray(chunk.prompt_lengths, np.int32),
+        rows=np.asarray(chunk.rows, np.int64),
+        prompt_hashes=np.asarray(chunk.prompt_hashes, np.uint64),
+    )
+    counts = {"dropped": chunk.dropped, "truncated": chunk.truncated, "unfinished": chunk.unfinished}
+    (folder / f"chunk-{start}.json").write_text(json.dumps(counts))
+
+
+def _encode(lines: Sequence[bytes], first_row: int, task: _Task, tokenizer: Any) -> _Chunk:
+    chunk = _Chunk()
+    examples: list[Example] = []
+    numbers: list[int] = []
+
+    def drop(row: int, error: RowError) -> None:
+        chunk.dropped.append({"row": row, "reason": error.reason, "detail": error.detail})
+
+    for row, line in enumerate(lines, first_row):
+        try:
+            found = _read_example(line, task.format)
+        except RowError as error:
+            drop(row, error)
+            continue
+        examples += found
+        numbers += [row] * len(found)
+    encoded = encode_pairs(tokenizer, examples, chat_template=task.chat_template)
+    for row, example, pair in zip(numbers, examples, encoded, strict=True):
+        if isinstance(pair, EncodedPair):
+            pair = _fit(pair, task)
+        if isinstance(pair, RowError):
+            drop(row, pair)
+            continue
+        cut = [len(ids) > task.max_length for ids in (pair.chosen, pair.rejected)]
+        sides = [pair.chosen[: task.max_length], pair.rejected[: task.max_length]]
+        chunk.tokens += sides
+        chunk.prompt_lengths.append(pair.prompt_length)
+        chunk.rows.append(row)
+        prompt = json.dumps(example.prompt, sort_keys=True).encode()
+        chunk.prompt_hashes.append(int.from_bytes(hashlib.sha256(prompt).digest()[:8], "big"))
+        chunk.truncated += any(cut)
+        chunk.unfinished += sum(
+            not was_cut and tokenizer.eos_token_id not in ids[pair.prompt_length :]
+            for was_cut, ids in zip(cut, sides, strict=True)
+        )
+    chunk.dropped.sort(key=lambda entry: entry["row"])
+    return chunk
+
+
+def _read_example(line: bytes, format: str) -> list[Example]:
+    row = json.loads(line.decode("utf-8", errors="surrogatepass"))
+    if isinstance(row, str):
+        raise RowError("not JSON", "the line cannot be read")
+    found = FORMATS[format](row)
+    if found is None:
+        raise RowError("left out by the format", format)
+    return found if isinstance(found, list) else [found]
+
+
+def _fit(pair: EncodedPair, task: _Task) -> EncodedPair | RowError:
+    """The pair, if something of both responses remains within max_length and the remains differ."""
+    longest = max(len(pair.chosen), len(pair.rejected))
+    if pair.prompt_length >= task.max_length:
+        return RowError("the prompt alone fills max_length", f"{pair.prompt_length} tokens")
+    if task.max_prompt_length is not None and pair.prompt_length > task.max_prompt_length:
+        return RowError("the prompt is longer than max_prompt_length", f"{pair.prompt_length} tokens")
+    if task.on_long == "drop" and longest > task.max_length:
+        return RowError("longer than max_length", f"{longest} tokens")
+    if pair.chosen == pair.rejected:
+        return RowError("chosen and rejected are equal", "once tokenized")
+    if pair.chosen[: task.max_length] == pair.rejected[: task.max_length]:
+        return RowError("chosen and rejected are equal after the cut to max_length", f"{longest} tokens")
+    return pair
+
+
+def _assemble(work: Path, starts: Iterable[int], text_offsets: np.ndarray) -> dict[str, Any]:
+    """Joins the chunks into the final arrays, one chunk in memory at a time. Returns counts and the fingerprint."""
+    parts: dict[str, list[np.ndarray]] = {key: [] for key in ("lengths", "prompt_lengths", "rows", "prompt_hashes")}
+    reasons: Counter[str] = Counter()
+    truncated = unfinished = 0
+    content = hashlib.sha256()
+    with open(work / "tokens.bin", "wb") as tokens, open(work / "dropped.jsonl", "w", encoding="utf-8") as dropped:
+        for start in starts:
+            with np.load(work / f"chunk-{start}.npz", allow_pickle=False) as chunk:
+                ids = chunk["tokens"].tobytes()
+                for key, values in parts.items():
+                    values.append(chunk[key])
+            tokens.write(ids)
+            content.update(ids)
+            counts = json.loads((work / f"chunk-{start}.json").read_text())
+            for entry in counts["dropped"]:
+                dropped.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                reasons[entry["reason"]] += 1
+            truncated += counts["truncated"]
+            unfinished += counts["unfinished"]
+    empty = {"lengths": np.int64, "prompt_lengths": np.int32, "rows": np.int64, "prompt_hashes": np.uint64}
+    joined = {key: np.concatenate([np.empty(0, empty[key]), *values]) for key, values in parts.items()}
+    offsets = np.concatenate([[0], np.cumsum(joined.pop("lengths"))]).astype(np.int64)
+    with open(work / "tokens.npy", "wb") as out:
+        header = {"descr": "<i4", "fortran_order": False, "shape": (int(offsets[-1]),)}
+        np.lib.format.write_array_header_1_0(out, header)
+        with open(work / "tokens.bin", "rb") as stream:
+            shutil.copyfileobj(stream, out, 1 << 22)
+    np.save(work / "offsets.npy", offsets)
+    for key, values in joined.items():
+        np.save(work / f"{key}.npy", values)
+        if key == "prompt_lengths":
+            content.update(values.tobytes())
+    content.update(offsets.tobytes())
+    for leftover in [*work.glob("chunk-*"), *work.glob("worker-*"), *work.glob("tokenizer-*"), work / "tokens.bin"]:
+        leftover.unlink()
+    (work / "task.json").unlink(missing_ok=True)
+    return {
+        "kept": len(joined["rows"]),
+        "dropped": dict(reasons.most_common()),
+        "truncated": truncated,
+        "unfinished": unfinished,
+        "tokens": int(offsets[-1]),
+        "fingerprint": content.hexdigest()[:32],
+    }

@@ -1,0 +1,62 @@
+"""A tokenizer that needs no file and no network, for tests and for models that begin from random weights."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>")
+"""Ids 0 to 3; <|im_end|> ends a turn and a text."""
+
+BYTE_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
+    """One token a byte of UTF-8 (id = 4 + byte) and SPECIAL_TOKENS, with a ChatML template.
+
+    Text is encoded after one <|bos|>, as Llama's tokenizers do; the template writes its own.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pad, bos, _, end = SPECIAL_TOKENS
+    letters = {letter: len(SPECIAL_TOKENS) + byte for byte, letter in enumerate(_letters())}
+    specials = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
+    tokenizer = Tokenizer(models.BPE(vocab=specials | letters, merges=[]))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, specials[bos])]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=end, clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _letters() -> list[str]:
+    """The printable letter that byte-level tokenizers write for each byte 0..255 (GPT-2's table).
+
+    Printable Latin-1 bytes stand for themselves; the others take the code points from 256 up, in order.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters, spare = [], 256
+    for byte in range(256):
+        if byte in printable:
+            letters.append(chr(byte))
+        else:
+            letters.append(chr(spare))
+            spare += 1
+    return letters

@@ -1,0 +1,124 @@
+"""Models as functions on a nested dict of weights: `declare`, `init`, `apply`, `unembed`, `value`, `init_cache`.
+
+Letters: R rows, T time, S cache slots, L layers, D model, V vocabulary, K key/value heads, H head size.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxalign.models.config import ModelConfig, RopeScaling, config_from_hf, config_to_hf
+from jaxalign.models.decoder import REMAT_POLICIES, Declared, Decoder
+
+__all__ = [
+    "REMAT_POLICIES",
+    "ModelConfig",
+    "Params",
+    "RopeScaling",
+    "Weight",
+    "abstract",
+    "apply",
+    "config_from_hf",
+    "config_to_hf",
+    "declare",
+    "head_table",
+    "init",
+    "init_cache",
+    "unembed",
+    "value",
+]
+
+Params = dict[str, Any]
+
+
+class Weight(NamedTuple):
+    """What the decoder declares of one weight: its shape and the logical names of its dimensions (sharding.RULES)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+def _boxed_init(cfg: ModelConfig, key: jax.Array) -> Any:
+    token = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(cfg).init(key, token, token, None, None)["params"]
+
+
+@functools.lru_cache(maxsize=16)
+def declare(cfg: ModelConfig) -> Params:
+    """Every weight of a model as a nested dict of Weight. Nothing is computed."""
+    boxed = jax.eval_shape(functools.partial(_boxed_init, cfg), jax.random.key(0))
+    return jax.tree.map(
+        lambda box: Weight(box.value.shape, box.names), boxed, is_leaf=lambda x: isinstance(x, Declared)
+    )
+
+
+def abstract(cfg: ModelConfig, dtype: Any = jnp.float32, shardings: Any = None) -> Params:
+    """The weights as ShapeDtypeStructs of `dtype`, with `shardings` (a tree of the same form) where given."""
+    declared = declare(cfg)
+    is_weight = lambda x: isinstance(x, Weight)  # noqa: E731
+    if shardings is None:
+        return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), declared, is_leaf=is_weight)
+    return jax.tree.map(
+        lambda w, s: jax.ShapeDtypeStruct(w.shape, dtype, sharding=s), declared, shardings, is_leaf=is_weight
+    )
+
+
+def init(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Random float32 weights: normal(initializer_range), norms 1, biases 0. Jit it with out_shardings for large models."""
+    return nn.meta.unbox(_boxed_init(cfg, key))
+
+
+def apply(
+    cfg: ModelConfig,
+    params: Params,
+    tokens_RT: jax.Array,
+    positions_RT: jax.Array,
+    segment_ids_RT: jax.Array | None = None,
+    *,
+    cache: Params | None = None,
+) -> tuple[jax.Array, Params | None]:
+    """The decoder up to its last norm.
+
+    Args:
+      tokens_RT, positions_RT: int32. Positions turn the rotary embedding and nothing else.
+      segment_ids_RT: int32; tokens see earlier slots of their own segment only. None (static) means one segment a row:
+        plain causal attention, in which right padding needs no mask.
+      cache: from `init_cache`; the T tokens are written at [index, index + T) and see what stands before them. Then
+        segment ids are required, 0 for padding.
+
+    Returns:
+      Hidden states [R, T, D] in cfg.compute_dtype, and the extended cache (None without one).
+    """
+    return Decoder(cfg).apply({"params": params}, tokens_RT, positions_RT, segment_ids_RT, cache)
+
+
+def head_table(cfg: ModelConfig, params: Params) -> jax.Array:
+    """The head's weight [V, D]: the embedding itself where it is tied."""
+    return params["embed_tokens" if cfg.tie_word_embeddings else "lm_head"]["embedding"]
+
+
+def unembed(cfg: ModelConfig, params: Params, hidden_RTD: jax.Array) -> jax.Array:
+    """Logits [R, T, V] in float32. For a few positions; training scores through `logprobs`, which never holds these."""
+    table_VD = head_table(cfg, params).astype(hidden_RTD.dtype)
+    return jnp.einsum("RTD,VD->RTV", hidden_RTD, table_VD, preferred_element_type=jnp.float32)
+
+
+def value(cfg: ModelConfig, params: Params, hidden_RTD: jax.Array) -> jax.Array:
+    """The score head's outputs [R, T, num_labels] in float32 (reward models, critics)."""
+    kernel = params["score"]["kernel"].astype(hidden_RTD.dtype)
+    return jnp.einsum("RTD,DK->RTK", hidden_RTD, kernel, preferred_element_type=jnp.float32)
+
+
+def init_cache(cfg: ModelConfig, rows: int, length: int) -> Params:
+    """An empty cache of `length` slots: k and v [L, R, S, K, H] in cfg.compute_dtype, segment_ids [R, S], index."""
+    shape = (cfg.num_hidden_layers, rows, length, cfg.num_key_value_heads, cfg.head_dim)
+    buffer = jnp.zeros(shape, cfg.compute_dtype)
+    return {
+        "k": buffer,
+        "v": jnp.zeros_like(buffer),
+        "segment_ids": jnp.zeros((rows, length), jnp.int32),
+        "index": jnp.zeros((), jnp.int32),
+    }

@@ -1,0 +1,256 @@
+"""One decoder for the Llama and Qwen families; what differs between them are fields of ModelConfig.
+
+Flax Linen is used as a thin shell: it names and declares the weights and scans the layers. Everything above sees a
+nested dict of arrays. Each weight is declared once, where it is used, with its shape, initializer and the logical
+names of its dimensions; shapes, shardings and Hugging Face names all derive from that (`models.declare`).
+
+Letters: R rows, T time, S cache slots, L layers, D model, N heads, K key/value heads, H head size, F MLP.
+"""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxalign import sharding
+from jaxalign.models import attention
+from jaxalign.models.config import ModelConfig
+from jaxalign.models.embedding import lookup
+
+ACTIVATIONS = {"silu": jax.nn.silu}
+
+REMAT_POLICIES = {
+    "none": None,
+    # Keep every matrix product's result, recompute what is cheap (norms, activations, softmax).
+    "dots": jax.checkpoint_policies.dots_saveable,
+    # The same without products that have batch dimensions: attention scores are recomputed.
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Keep a layer's input only.
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Declared(nn.Partitioned):
+    """A weight with the logical names of its dimensions; where it lies on a mesh is `sharding`'s business, not Flax's."""
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        return self.value
+
+
+def _declare(module: nn.Module, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+    def boxed(key: jax.Array) -> Declared:
+        return Declared(init(key, shape, jnp.float32), names=axes)
+
+    return module.param(name, boxed)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last dimension, in float32 (Zhang & Sennrich 2019)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = _declare(self, "scale", nn.initializers.ones, (x.shape[-1],), (None,))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x @ kernel (+ bias), the kernel [in, out] cast to x's dtype where it is used."""
+
+    features: int
+    axes: tuple[str, str]
+    stddev: float
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.normal(self.stddev)
+        kernel = _declare(self, "kernel", init, (x.shape[-1], self.features), self.axes)
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            bias = _declare(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
+            y = y + bias.astype(x.dtype)
+        return y
+
+
+class Table(nn.Module):
+    """A weight that is used as it stands: the embedding [V, D] (look-up and head), a score head [D, labels]."""
+
+    param_name: str
+    shape: tuple[int, int]
+    axes: tuple[str | None, str | None]
+    stddev: float
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return _declare(self, self.param_name, nn.initializers.normal(self.stddev), self.shape, self.axes)
+
+
+def rope_frequencies(cfg: ModelConfig) -> jax.Array:
+    """Angle per position of each pair of dimensions, [H / 2] float32, with `cfg.rope_scaling` applied.
+
+    "linear" divides all (Chen et al. 2023); "llama3" divides long wavelengths, keeps short ones and blends between
+    (as Llama 3.1 was trained).
+    """
+    exponent = jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim
+    frequencies = 1.0 / (cfg.rope_theta**exponent)
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    original = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    assert original is not None and low is not None and high is not None, "config_from_hf checks llama3's fields"
+    wavelengths = 2 * math.pi / frequencies
+    blend = jnp.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def rotate(x_RTNH: jax.Array, cos_RTH: jax.Array, sin_RTH: jax.Array) -> jax.Array:
+    """Rotary embedding in Hugging Face's half-split layout: dimension i turns with i + H/2 (Su et al. 2021)."""
+    first, second = jnp.split(x_RTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_RTH[:, :, None], sin_RTH[:, :, None]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_RTNH.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention, against this call's keys or against a cache that it extends in place."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_RTD: jax.Array, rope: Any, mask: jax.Array, cache: Any, layer: jax.Array, index: Any
+    ) -> tuple[jax.Array, Any]:
+        cfg = self.cfg
+        linear = functools.partial(Linear, stddev=cfg.initializer_range)
+        rows, time, _ = x_RTD.shape
+
+        def heads(name: str, n_heads: int, axis: str) -> jax.Array:
+            flat = linear(n_heads * cfg.head_dim, ("embed", axis), use_bias=cfg.attention_bias, name=name)(x_RTD)
+            return flat.reshape(rows, time, n_heads, cfg.head_dim)
+
+        q = heads("q_proj", cfg.num_attention_heads, "heads")
+        k = heads("k_proj", cfg.num_key_value_heads, "kv_heads")
+        v = heads("v_proj", cfg.num_key_value_heads, "kv_heads")
+        if cfg.qk_norm:
+            q = RMSNorm(cfg.rms_norm_eps, name="q_norm")(q)
+            k = RMSNorm(cfg.rms_norm_eps, name="k_norm")(k)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            # The cache is a carry of the layer scan, written at [layer, :, index:index + T]: XLA updates it in place.
+            zero = jnp.zeros((), index.dtype)
+            start = (layer.astype(index.dtype), zero, index, zero, zero)
+            cache = tuple(
+                lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+            k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
+        out = attention.attend(q, k, v, mask).reshape(rows, time, cfg.num_attention_heads * cfg.head_dim)
+        out = linear(cfg.hidden_size, ("heads", "embed"), use_bias=cfg.attention_out_bias, name="o_proj")(out)
+        return out, cache
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_RTD: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        linear = functools.partial(Linear, stddev=cfg.initializer_range, use_bias=cfg.mlp_bias)
+        gate = linear(cfg.intermediate_size, ("embed", "mlp"), name="gate_proj")(x_RTD)
+        up = linear(cfg.intermediate_size, ("embed", "mlp"), name="up_proj")(x_RTD)
+        return linear(cfg.hidden_size, ("mlp", "embed"), name="down_proj")(ACTIVATIONS[cfg.hidden_act](gate) * up)
+
+
+class Layer(nn.Module):
+    """One pre-norm block; the body of the scan over layers."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, carry: Any, rope: Any, mask: jax.Array, distance: Any, index: Any, layer: jax.Array, window: Any
+    ) -> tuple[Any, None]:
+        cfg = self.cfg
+        x, cache = carry
+        if window is not None:
+            mask = mask & (distance < window)
+        norm = functools.partial(RMSNorm, cfg.rms_norm_eps)
+        attended, cache = Attention(cfg, name="self_attn")(
+            norm(name="input_layernorm")(x), rope, mask, cache, layer, index
+        )
+        x = _activation(x + attended)
+        x = x + MLP(cfg, name="mlp")(norm(name="post_attention_layernorm")(x))
+        return (_activation(x), cache), None
+
+
+def _activation(x_RTD: jax.Array) -> jax.Array:
+    return sharding.constrain(x_RTD, sharding.ROWS, "sequence", None)
+
+
+class Decoder(nn.Module):
+    """Tokens -> normed hidden states [R, T, D]; declares the head (or score) weight too."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens_RT: jax.Array, positions_RT: jax.Array, segment_ids_RT: jax.Array | None, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        cfg = self.cfg
+        dtype = jnp.dtype(cfg.compute_dtype)
+        shape = (cfg.vocab_size, cfg.hidden_size)
+        table = functools.partial(Table, "embedding", shape, ("vocab", None), cfg.initializer_range)
+        x = _activation(lookup(table(name="embed_tokens")(), tokens_RT, dtype))
+
+        angles = positions_RT[..., None].astype(jnp.float32) * rope_frequencies(cfg)
+        rope = (jnp.cos(angles), jnp.sin(angles))
+
+        n_queries = tokens_RT.shape[1]
+        index, buffers, first = None, None, 0
+        keys_RS, queries_RT = segment_ids_RT, segment_ids_RT
+        if cache is not None:
+            assert segment_ids_RT is not None, "with a cache, segment ids say which tokens are real"
+            index, buffers, first = cache["index"], (cache["k"], cache["v"]), cache["index"]
+            keys_RS = lax.dynamic_update_slice(cache["segment_ids"], segment_ids_RT, (jnp.zeros_like(index), index))
+        n_keys = n_queries if cache is None else cache["k"].shape[2]
+        windows = set(cfg.sliding_windows)
+        uniform = len(windows) == 1  # one static window, or none: the mask is made once, outside of the scan
+        distance_TS = attention.distance(n_queries, n_keys, first)
+        mask = attention.attention_mask(distance_TS, queries_RT, keys_RS, window=windows.pop() if uniform else None)
+        window_L = None if uniform else jnp.array([w or n_keys for w in cfg.sliding_windows], jnp.int32)
+
+        body = Layer
+        if REMAT_POLICIES[cfg.remat] is not None and cache is None:
+            body = nn.remat(Layer, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
+        layers = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+            length=cfg.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(cfg, name="layers")
+        layer_L = jnp.arange(cfg.num_hidden_layers)
+        (x, buffers), _ = layers((x, buffers), rope, mask, distance_TS, index, layer_L, window_L)
+
+        x = RMSNorm(cfg.rms_norm_eps, name="norm")(x)
+        if cfg.num_labels:
+            Table("kernel", (cfg.hidden_size, cfg.num_labels), (None, "labels"), cfg.initializer_range, name="score")()
+        elif not cfg.tie_word_embeddings:
+            table(name="lm_head")()
+        if cache is not None:
+            cache = {"k": buffers[0], "v": buffers[1], "segment_ids": keys_RS, "index": index + n_queries}
+        return x, cache

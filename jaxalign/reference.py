@@ -1,0 +1,178 @@
+"""The reference model as data: its token log-probs, scored live before each step or once and kept on disk.
+
+Letters: R rows, T time.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign import logprobs, models, sharding, step
+from jaxalign.data.batching import FILLER, EvalBatches
+from jaxalign.data.sources import Prepared
+from jaxalign.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+Batch = Mapping[str, Any]
+Score = Callable[[models.Params, Batch], jax.Array]
+
+VERSION = 1  # of the file, and of whatever changes the numbers in it
+
+
+def make_score(cfg: ModelConfig, *, rows_per_example: int = 2, micro_batches: int = 1) -> Score:
+    """A function (params, batch) -> token log-probs [R, T] float32 of the masked tokens; jit it.
+
+    The batch is scored in as many parts as the train step uses, so that scoring needs no more memory than training.
+    """
+
+    def score(params: models.Params, batch: Batch) -> jax.Array:
+        batch = {name: batch[name] for name in ("tokens", "positions", "mask")}
+        if micro_batches == 1:
+            return logprobs.score(cfg, params, batch)["logps"]
+        micros = step.split_batch(batch, micro_batches, rows_per_example)
+        logps = jax.lax.map(lambda micro: logprobs.score(cfg, params, micro)["logps"], micros)
+        return step.join_batch(logps, rows_per_example)
+
+    return score
+
+
+def frozen_copy(cfg: ModelConfig, params: models.Params) -> models.Params:
+    """The weights of a reference, sharing no buffer with `params`; jit it.
+
+    What the forward pass would cast to cfg.compute_dtype anyway is kept in it. Norm scales are used in float32 and stay
+    so; every number that the model computes is the same.
+    """
+
+    def cast(path: Any, x: jax.Array) -> jax.Array:
+        return jnp.copy(x if path[-1].key == "scale" else x.astype(cfg.compute_dtype))
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def mix(policy: models.Params, reference: models.Params, alpha: float) -> models.Params:
+    """alpha * policy + (1 - alpha) * reference, leaf by leaf: a reference that follows the policy.
+
+    Gorbatovski et al. 2024, https://arxiv.org/abs/2404.09656 (TR-DPO).
+    """
+    return jax.tree.map(lambda p, r: (alpha * p + (1 - alpha) * r).astype(r.dtype), policy, reference)
+
+
+class Cached:
+    """Token log-probs of every row of a prepared data set, looked up by row id.
+
+    Attributes:
+      prepared: the data set.
+      logps: flat float32, the rows' tokens one after another (chosen, rejected, chosen, ...); 0 where nothing is scored.
+    """
+
+    def __init__(self, prepared: Prepared, logps: np.ndarray):
+        self.prepared, self.logps = prepared, logps
+        self._offsets = np.concatenate([[0], np.cumsum(prepared.lengths.reshape(-1), dtype=np.int64)])
+
+    def __call__(self, batch: Mapping[str, np.ndarray], rows: np.ndarray | None = None) -> np.ndarray:
+        """ref_logps [R, T] float32 for a batch of `data.batching` (`rows`: which global rows these are)."""
+        out = np.zeros(batch["tokens"].shape, np.float32)
+        rows = np.arange(len(out)) if rows is None else rows
+        for at, (row, pair) in enumerate(zip(rows, batch["row_ids"], strict=True)):
+            if pair != FILLER:
+                start, end = self._offsets[2 * pair + row % 2 : 2 * pair + row % 2 + 2]
+                out[at, : end - start] = self.logps[start:end]
+        return out
+
+
+def cache_file(folder: Path, *, model: str, prepared: Prepared, cfg: ModelConfig) -> Path:
+    """Where the log-probs lie; another model, data, template, length or dtype is another file."""
+    identity = [VERSION, model, prepared.fingerprint, prepared.meta["max_length"], cfg.compute_dtype]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    return folder / f"reference-{digest}.npy"
+
+
+def cached(
+    path: Path,
+    prepared: Prepared,
+    score: Score,
+    params: Callable[[], models.Params],
+    *,
+    mesh: Any,
+    batch_size: int,
+    buckets: Any = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Cached:
+    """The log-probs of all rows, from `path` or scored now and written there.
+
+    Args:
+      path: from `cache_file`.
+      score: jitted `make_score`.
+      params: gives the reference's weights; not called when the file is there.
+      mesh: the current mesh.
+      batch_size: pairs scored at a time over all devices.
+      on_progress: called with (batches done, batches in all).
+
+    Raises:
+      ValueError: the file is there, but is not what was written (it names the file to delete).
+    """
+    total = int(prepared.lengths.sum())
+    if path.exists():
+        try:
+            logps = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} can't be read ({error}); delete it and start again") from error
+        if logps.shape != (total,) or logps.dtype != np.float32:
+            raise ValueError(f"{path} holds {logps.dtype} {logps.shape}, expected float32 ({total},); delete it")
+        log.info("reference log-probs of %d pairs from %s", len(prepared), path)
+        return Cached(prepared, logps)
+    result = Cached(prepared, np.zeros(total, np.float32))
+    rows = sharding.process_rows(mesh, 2 * batch_size)
+    batches = EvalBatches(prepared, batch_size=batch_size, buckets=buckets, rows=rows)
+    weights = params()
+    whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
+    for n in range(len(batches)):
+        batch = batches[n]
+        device_batch = place(mesh, batch, 2 * batch_size)
+        # Every process keeps the log-probs of all rows: a shuffled batch may ask it for any of them.
+        logps_RT = np.asarray(whole(score(weights, device_batch)))
+        for row, pair in enumerate(np.repeat(batches.pairs[n], 2)):
+            if pair != FILLER:
+                start, end = result._offsets[2 * pair + row % 2 : 2 * pair + row % 2 + 2]
+                result.logps[start:end] = logps_RT[row, : end - start]
+        on_progress(n + 1, len(batches))
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, result.logps)
+    os.replace(temporary, path)
+    return result
+
+
+def place(mesh: Any, batch: Mapping[str, np.ndarray], n_rows: int) -> dict[str, jax.Array]:
+    """A host batch on the devices, without what only the host needs."""
+    return sharding.place_batch(mesh, {name: x for name, x in batch.items() if name != "row_ids"}, n_rows)
+
+
+def check_start(difference: float, *, compute_dtype: str) -> None:
+    """Checks the first step of a run whose policy begins as its reference.
+
+    Args:
+      difference: largest difference of a token's log-prob between the train step and the reference's scoring, in nats.
+      compute_dtype: of the model.
+
+    Raises:
+      ValueError: it is too large to be rounding.
+    """
+    limit = {"float32": 1e-3}.get(compute_dtype, 0.5)
+    if not difference <= limit:
+        raise ValueError(
+            f"the policy begins as its reference, but a token's log-prob differs by {difference:.3g} nats between them "
+            f"at the first step (rounding in {compute_dtype} gives under {limit:g}). The reference log-probs belong to "
+            "other weights or other rows: delete the cache (data.cache_dir, reference-*.npy) if reference.mode is "
+            "cached; otherwise this is a bug in jaxalign: please report it with the run's config.json"
+        )

@@ -1,0 +1,274 @@
+"""The sampler against the golden files and against a naive one that runs the whole text again for every token."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign import hf, models, sampling, sharding
+from jaxalign.models import ModelConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = ("llama", "llama_rope3", "qwen2", "qwen3")
+
+# Layers with a window, without one, and a vocabulary that 8 devices divide.
+TINY = ModelConfig(
+    model_type="qwen3", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=128, rms_norm_eps=1e-6, rope_theta=10000.0,
+    rope_scaling=None, tie_word_embeddings=False, attention_bias=False, attention_out_bias=False, mlp_bias=False,
+    qk_norm=True, sliding_windows=(None, 4), hidden_act="silu", initializer_range=0.3, bos_token_id=None,
+    eos_token_id=(), pad_token_id=0, dtype="float32",
+)  # fmt: skip
+PROMPTS = [[5, 9, 23, 41, 7], [11], [33, 2, 60, 17, 29, 8, 51, 3, 44, 12], [19, 6, 38]]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return models.init(TINY, jax.random.key(3))
+
+
+def run(params, prompts, keys, limits, n, *, cfg=TINY, multiple=16):
+    tokens, mask = sampling.left_pad(prompts, 0, multiple)
+    return jax.tree.map(np.asarray, sampling.generate(cfg, params, tokens, mask, keys, limits, max_new_tokens=n))
+
+
+def logits_after(cfg, params, ids):
+    """[V] of the next token: no cache, no padding, no batch. Padded on the right to one shape, which changes nothing."""
+    row = jnp.array([ids + [0] * (48 - len(ids))])
+    hidden, _ = naive_forward(cfg, params, row, jnp.arange(48)[None])
+    return models.unembed(cfg, params, hidden[:, len(ids) - 1 : len(ids)])[0, 0]
+
+
+naive_forward = jax.jit(models.apply, static_argnums=0)
+
+
+def naive(cfg, params, prompt, key, *, temperature, max_new, stop_ids=()):
+    """The oracle: (tokens, logps, sampling_logps) of one request."""
+    tokens, logps, sampling_logps = [], [], []
+    for n in range(max_new):
+        logits = logits_after(cfg, params, prompt + tokens)
+        if temperature:
+            warped = jax.nn.log_softmax(logits / temperature)
+            token = int(jax.random.categorical(jax.random.fold_in(key, n), logits / temperature))
+            sampling_logps.append(float(warped[token]))
+        else:
+            token = int(jnp.argmax(logits))
+            sampling_logps.append(0.0)
+        tokens.append(token)
+        logps.append(float(jax.nn.log_softmax(logits)[token]))
+        if token in stop_ids:
+            break
+    return tokens, logps, sampling_logps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_goldens_token_for_token(family):
+    cfg, params = hf.load(GOLDEN / "models" / family / "policy", dtype="float32")
+    for case in ("greedy", "greedy_eos"):
+        settings = json.loads((GOLDEN / "cases" / family / f"{case}.json").read_text())
+        arrays = np.load(GOLDEN / "cases" / family / f"{case}.npz")
+        stops = [settings["eos_token_id"]] if case == "greedy_eos" else []
+        samples = sampling.generate(
+            cfg,
+            params,
+            arrays["in.input_ids"],
+            arrays["in.attention_mask"].astype(bool),
+            sampling.request_keys(0, range(4)),
+            sampling.make_limits(4, max_new=32, stop_ids=stops),
+            max_new_tokens=32,
+        )
+        np.testing.assert_array_equal(samples.tokens, arrays["out.new_tokens"])
+        finished = arrays["out.finished_before"].astype(bool) if stops else np.zeros((4, 32), bool)
+        assert finished.any() == bool(stops)
+        np.testing.assert_array_equal(samples.mask, ~finished)
+        np.testing.assert_allclose(samples.logps, np.where(finished, 0, arrays["out.new_token_logps"]), atol=1e-4)
+        np.testing.assert_array_equal(samples.sampling_logps, 0)
+
+
+def test_equals_the_naive_sampler_greedy_and_at_temperatures_with_the_same_keys(params):
+    keys = sampling.request_keys(7, range(4))
+    temperatures, max_new = [0.0, 0.7, 1.0, 1.6], [12, 12, 12, 5]
+    stops = [20, 21, 22]
+    limits = sampling.make_limits(4, temperature=temperatures, max_new=max_new, stop_ids=stops)
+    samples = run(params, PROMPTS, keys, limits, 12)
+    for row, prompt in enumerate(PROMPTS):
+        tokens, logps, sampling_logps = naive(
+            TINY, params, prompt, keys[row], temperature=temperatures[row], max_new=max_new[row], stop_ids=stops
+        )
+        n = len(tokens)
+        assert samples.tokens[row].tolist() == tokens + [0] * (12 - n)
+        assert samples.mask[row].tolist() == [True] * n + [False] * (12 - n)
+        np.testing.assert_allclose(samples.logps[row], logps + [0] * (12 - n), atol=1e-5)
+        np.testing.assert_allclose(samples.sampling_logps[row], sampling_logps + [0] * (12 - n), atol=1e-5)
+
+
+def test_stop_id_is_kept_then_padding_and_max_new_counts_per_row(params):
+    keys = sampling.request_keys(0, range(4))
+    free = run(params, PROMPTS, keys, sampling.make_limits(4, max_new=10), 10)
+    stop = int(free.tokens[0, 3])
+    first = free.tokens[0].tolist().index(stop)
+    limits = sampling.make_limits(4, max_new=[10, 1, 0, 4], stop_ids=[stop])
+    samples = run(params, PROMPTS, keys, limits, 10)
+    assert samples.tokens[0].tolist() == free.tokens[0, : first + 1].tolist() + [0] * (9 - first)
+    assert samples.mask.sum(axis=1).tolist()[:3] == [first + 1, 1, 0]
+    assert samples.mask[3].sum() <= 4
+    for values in (samples.tokens, samples.logps, samples.sampling_logps):
+        assert not values[~samples.mask].any()
+
+
+def test_padding_is_the_models_pad_token(params):
+    cfg = dataclasses.replace(TINY, pad_token_id=63)
+    samples = run(params, PROMPTS, sampling.request_keys(0, range(4)), sampling.make_limits(4, max_new=1), 3, cfg=cfg)
+    assert (samples.tokens[:, 1:] == 63).all()
+
+
+def test_what_shares_the_batch_does_not_matter(params):
+    keys = sampling.request_keys(1, range(4))
+    limits = sampling.make_limits(4, temperature=[1.0, 0.0, 0.9, 1.3], max_new=[12, 12, 12, 3])
+    samples = run(params, PROMPTS, keys, limits, 12)
+    others = [PROMPTS[2], [1, 2, 3], PROMPTS[0], [4] * 9]
+    order = jnp.array([2, 1, 0, 3])
+    again = run(params, others, keys[order], sampling.make_limits(4, temperature=[0.9, 2.0, 1.0, 0.0], max_new=12), 12)
+    for mine, theirs in ((0, 2), (2, 0)):
+        np.testing.assert_array_equal(samples.tokens[mine], again.tokens[theirs])
+        np.testing.assert_array_equal(samples.logps[mine], again.logps[theirs])
+
+
+def test_more_left_padding_changes_nothing(params):
+    keys = sampling.request_keys(2, range(4))
+    limits = sampling.make_limits(4, temperature=1.0, max_new=12)
+    narrow = run(params, PROMPTS, keys, limits, 12, multiple=10)
+    wide = run(params, PROMPTS, keys, limits, 12, multiple=31)
+    np.testing.assert_array_equal(narrow.tokens, wide.tokens)
+    np.testing.assert_allclose(narrow.logps, wide.logps, atol=1e-5)
+
+
+def test_no_limit_key_or_prompt_recompiles(params):
+    run(params, PROMPTS, sampling.request_keys(0, range(4)), sampling.make_limits(4, max_new=6), 6)
+    compiled = sampling.generate._cache_size()
+    for limits in (
+        sampling.make_limits(4, max_new=2, temperature=0.5),
+        sampling.make_limits(4, max_new=[1, 2, 3, 6], temperature=[0, 1, 2, 3], stop_ids=[4]),
+        sampling.make_limits(4, max_new=0, stop_ids=[1, 2, 3, 4]),
+    ):
+        run(params, PROMPTS[::-1], sampling.request_keys(5, [9, 8, 7, 6]), limits, 6)
+    assert sampling.generate._cache_size() == compiled
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampled_frequencies_follow_the_tempered_softmax(temperature):
+    """Chi-square over 4,096 draws of one prompt's next token; 15 degrees of freedom pass 37.7 once in 1,000."""
+    cfg = dataclasses.replace(TINY, vocab_size=16, sliding_windows=(None,), num_hidden_layers=1)
+    params = models.init(cfg, jax.random.key(0))
+    rows = 4096
+    limits = sampling.make_limits(rows, temperature=temperature, max_new=1)
+    samples = run(params, [[3, 1, 4]] * rows, sampling.request_keys(11, range(rows)), limits, 1, cfg=cfg, multiple=4)
+    expected = np.asarray(jax.nn.softmax(logits_after(cfg, params, [3, 1, 4]) / temperature)) * rows
+    counts = np.bincount(samples.tokens[:, 0], minlength=16)
+    common = expected >= 5  # the rest is one class, as the test's approximation needs
+    observed, wanted = np.append(counts[common], counts[~common].sum()), np.append(expected[common], expected[~common].sum())
+    chi_square = ((observed - wanted) ** 2 / np.maximum(wanted, 1e-9)).sum()
+    assert common.sum() >= 5 and chi_square < 37.7
+
+
+def test_a_tiny_temperature_is_greedy_and_finite(params):
+    keys = sampling.request_keys(0, range(4))
+    cold = run(params, PROMPTS, keys, sampling.make_limits(4, temperature=1e-38, max_new=6), 6)
+    greedy = run(params, PROMPTS, keys, sampling.make_limits(4, max_new=6), 6)
+    np.testing.assert_array_equal(cold.tokens, greedy.tokens)
+    np.testing.assert_array_equal(cold.logps, greedy.logps)
+    assert np.isfinite(cold.sampling_logps).all()
+
+
+def test_rescoring_the_samples_gives_their_logps(params):
+    samples = run(params, PROMPTS, sampling.request_keys(4, range(4)), sampling.make_limits(4, temperature=1, max_new=12), 12)
+    for row, prompt in enumerate(PROMPTS):
+        whole = prompt + samples.tokens[row].tolist()
+        hidden, _ = models.apply(TINY, params, jnp.array([whole]), jnp.arange(len(whole))[None])
+        logps = jax.nn.log_softmax(models.unembed(TINY, params, hidden))[0, len(prompt) - 1 : -1]
+        again = np.take_along_axis(np.asarray(logps), samples.tokens[row][:, None], axis=1)[:, 0]
+        np.testing.assert_allclose(samples.logps[row], again, atol=1e-4)
+        np.testing.assert_allclose(samples.sampling_logps[row], samples.logps[row], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("axes", "rows"), [({"fsdp": 4, "tensor": 2}, 4), ({"data": 2, "fsdp": 2, "sequence": 2}, 3)], ids=["even", "uneven"]
+)
+def test_a_mesh_samples_what_one_device_samples(params, axes, rows):
+    keys = sampling.request_keys(6, range(rows))
+    limits = sampling.make_limits(rows, temperature=[0.0, 1.0, 0.8, 1.2][:rows], max_new=8, stop_ids=[20, 21])
+    alone = run(params, PROMPTS[:rows], keys, limits, 8)
+    mesh = sharding.make_mesh(**axes)
+    placed = jax.device_put(params, sharding.param_shardings(mesh, models.declare(TINY)))
+    with jax.set_mesh(mesh):
+        spread = run(placed, PROMPTS[:rows], keys, limits, 8)
+    np.testing.assert_array_equal(alone.tokens, spread.tokens)
+    np.testing.assert_array_equal(alone.mask, spread.mask)
+    np.testing.assert_allclose(alone.logps, spread.logps, atol=1e-5)
+
+
+def test_the_program_holds_no_logits_of_whole_prompts_and_one_cache(params):
+    rows, width, n = 3, 40, 6
+    cfg = dataclasses.replace(TINY, vocab_size=509)
+    shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32), models.init(cfg, jax.random.key(0)))
+    compiled = sampling.generate.lower(
+        cfg,
+        shapes,
+        np.zeros((rows, width), np.int32),
+        np.ones((rows, width), bool),
+        sampling.request_keys(0, range(rows)),
+        sampling.make_limits(rows, temperature=1.0, max_new=n),
+        max_new_tokens=n,
+    ).compile()
+    text = compiled.as_text()
+    assert "f32[3,509]" in text
+    assert f"f32[3,{width},509]" not in text and f"f32[{3 * width},509]" not in text
+
+
+def test_bfloat16_weights_are_narrowed_once_and_give_the_same_numbers(params):
+    cfg = dataclasses.replace(TINY, compute_dtype="bfloat16")
+    view = sampling._decode_view(cfg, params)
+    assert view["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.bfloat16
+    assert view["norm"]["scale"].dtype == jnp.float32
+    tokens, positions = jnp.array([PROMPTS[0]]), jnp.arange(len(PROMPTS[0]))[None]
+    for one, other in zip(
+        *(jax.tree.leaves(models.apply(cfg, weights, tokens, positions)[0]) for weights in (params, view)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    samples = run(params, PROMPTS, sampling.request_keys(0, range(4)), sampling.make_limits(4, max_new=6), 6, cfg=cfg)
+    assert samples.mask.all() and np.isfinite(samples.logps).all()
+
+
+def test_left_pad_and_its_buckets():
+    tokens, mask = sampling.left_pad([[1, 2, 3], [], [4]], 9, 4)
+    assert tokens.tolist() == [[9, 1, 2, 3], [9] * 4, [9, 9, 9, 4]] and tokens.dtype == np.int32
+    assert mask.tolist() == [[False, True, True, True], [False] * 4, [False] * 3 + [True]]
+    widths = {sampling.bucket(length, 32) for length in range(1, 8193)}
+    assert sorted(widths)[:8] == [32, 64, 96, 128, 192, 256, 384, 512] and len(widths) == 16
+    assert all(length <= sampling.bucket(length, 32) <= max(32, 2 * length) for length in range(1, 8193))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(max_new=3, temperature=-1.0), "temperature"),
+        (dict(max_new=3, temperature=float("nan")), "temperature"),
+        (dict(max_new=-3), "max_new"),
+        (dict(max_new=[1, 2, 3]), "each of 2 rows"),
+        (dict(max_new=3, stop_ids=[-2]), "stop ids"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.make_limits(2, **arguments)
+
+
+def test_a_score_head_cannot_generate():
+    cfg = dataclasses.replace(TINY, num_labels=1)
+    params = models.init(cfg, jax.random.key(0))
+    with pytest.raises(ValueError, match="score head"):
+        run(params, PROMPTS[:1], sampling.request_keys(0, [0]), sampling.make_limits(1, max_new=1), 1, cfg=cfg)

@@ -122,7 +122,8 @@ class Run:
     """The pieces of one run on one mesh; call under `jax.set_mesh(mesh)`.
 
     Attributes:
-      cfg, mesh, data, objective, schedule: as their names say.
+      cfg, mesh, data, objective: as their names say.
+      learning_rates: [steps] float32, the rate of each update, on the host: looking it up never waits for the device.
       source: step -> host batch, with `ref_logps` where the reference is cached.
       steps: updates of the whole run.
       rows: of a global batch.
@@ -167,7 +168,7 @@ class Run:
     def _make_functions(self) -> None:
         config, mesh = self.config, self.mesh
         o = config.optim.to_dict()
-        self.schedule = optim.make_schedule(
+        schedule = optim.make_schedule(
             o["schedule"],
             o["learning_rate"],
             steps=self.steps,
@@ -176,7 +177,7 @@ class Run:
             final_ratio=o["final_ratio"],
         )
         options = {name: o[name] for name in optim.options(o["name"]) if o[name] is not None}
-        tx = optim.make_optimizer(o["name"], schedule=self.schedule, weight_decay=o["weight_decay"], **options)
+        tx = optim.make_optimizer(o["name"], schedule=schedule, weight_decay=o["weight_decay"], **options)
         micro_batches = config.gradient_accumulation_steps
         step = step_lib.make_train_step(
             self.objective,
@@ -186,17 +187,19 @@ class Run:
             nonfinite=o["nonfinite"],
         )
         whole = sharding.replicated(mesh)
+        rates = jax.jit(jax.vmap(schedule), out_shardings=whole)(np.arange(self.steps, dtype=np.int32))
+        self.learning_rates = np.asarray(rates)
         self._shardings = sharding.param_shardings(mesh, models.declare(self.cfg))
         self._ref_shardings = sharding.param_shardings(mesh, models.declare(self.ref_cfg))
         params = models.abstract(self.cfg, np.float32, self._shardings)
         moving = config.reference.sync_every > 0
 
-        def new_state(params: models.Params, ref_params: models.Params | None) -> step_lib.TrainState:
-            if ref_params is None:
-                return step_lib.init_state(params, tx)
-            return step_lib.init_state(params, tx, reference=jax.tree.map(jnp.copy, ref_params))
+        def new_state(params: models.Params, ref_params: models.Params | None = None) -> step_lib.TrainState:
+            if moving:  # XLA gives each output its own buffer, so the reference may be the policy's first weights
+                return step_lib.init_state(params, tx, reference=params if ref_params is None else ref_params)
+            return step_lib.init_state(params, tx)
 
-        abstract = jax.eval_shape(new_state, params, params if moving else None)
+        abstract = jax.eval_shape(new_state, params)
         shardings = step_lib.TrainState(
             step=whole,
             params=self._shardings,
@@ -228,7 +231,7 @@ class Run:
 
     @functools.cached_property
     def _initial(self) -> models.Params:
-        """The policy's first weights in float32; read when they are first wanted."""
+        """The policy's first weights in float32, until `new_state` or `release` gives them up."""
         if self.config.model.path is not None:
             return self._load(self.config.model.path, self.cfg, self._shardings)
         init = jax.jit(functools.partial(models.init, self.cfg), out_shardings=self._shardings)
@@ -249,15 +252,27 @@ class Run:
 
     def new_state(self) -> step_lib.TrainState:
         """The state before the first step. The weights as they were read are given up to it."""
-        moving = None
-        if self.sync is not None:
-            own = self.config.reference.path is None
-            moving = self._initial if own else self._load(self.config.reference.path, self.cfg, self._shardings)
-        elif not self.cached_reference:
+        if self._is_live:
             _ = self.reference_params  # its own copy, made while the weights are there
-        weights = jax.tree.map(jnp.copy, self._initial) if moving is self._initial else self._initial
+        moving = None
+        if self.sync is not None and self.config.reference.path is not None:
+            moving = self._load(self.config.reference.path, self.cfg, self._shardings)
+        weights = self._initial
         del self.__dict__["_initial"]
         return self._new_state(weights, moving)
+
+    def release(self) -> None:
+        """Gives up the weights that no step needs; those that every step needs are read, if they were not yet."""
+        if self._is_live:
+            _ = self.reference_params
+        else:
+            self.__dict__.pop("reference_params", None)
+        self.__dict__.pop("_initial", None)
+
+    @property
+    def _is_live(self) -> bool:
+        """Whether a fixed reference scores every batch."""
+        return self.sync is None and not self.cached_reference
 
     def reference_of(self, state: step_lib.TrainState) -> models.Params | None:
         """The weights that score a training batch; None where its ref_logps come with it."""
@@ -296,7 +311,9 @@ class Run:
         )
 
         def tell(done: int, total: int) -> None:
-            if done == total or done % max(1, total // 10) == 0:
+            if done == 0:
+                say(f"no cached reference log-probs fit model, data, template and length: scoring the {what} rows")
+            elif done == total or done % max(1, total // 10) == 0:
                 say(f"reference log-probs of the {what} rows: {done}/{total} batches")
 
         return reference.cached(
@@ -314,7 +331,7 @@ class Run:
         path = self.config.reference.path or self.config.model.path
         if path is not None:
             return hf.fingerprint(path)
-        random = {"seed": self.config.seed, "model": self.config.model.random.to_dict()}
+        random = {"seed": self.config.seed, "model": self.config.model.random.to_dict(), "jax": jax.__version__}
         return hashlib.sha256(json.dumps(random, sort_keys=True).encode()).hexdigest()
 
     def eval_batches(self, state: step_lib.TrainState) -> Iterator[dict[str, jax.Array]]:

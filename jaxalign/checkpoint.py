@@ -2,17 +2,17 @@
 
 Layout of a run's checkpoint folder:
 
-    <folder>/<step>/state/          the arrays, one OCDBT database whatever mesh wrote it; a leaf's key is its path in the tree
-    <folder>/<step>/record/metadata JSON: step, meta (the caller's), metrics, per leaf dtype, shape and checksum; a CRC over it all
-    <folder>/<step>.aside           a step that a restore put aside, because it is invalid or lies after the restored one
-    <folder>/<step>.deleting        an old step on its way out;  <step>.replaced: the former copy of a step saved anew
+    <folder>/<step>/state/           the arrays, one OCDBT database whatever mesh wrote it, by their paths in the tree
+    <folder>/<step>/record/metadata  JSON: meta (the caller's), metrics, each leaf's dtype, shape and checksum; a CRC
+    <folder>/<step>.aside            put aside by a restore, because it is invalid or lies after the restored step
+    <folder>/<step>.deleting         an old step on its way out;  <step>.replaced: the former copy of a step saved anew
 
-A step's folder gets its final name by one rename after everything in it is written, so a process killed at any moment leaves the
-previous checkpoints as they were; what it left half-written is removed at the next start.
+A step's folder gets its final name by one rename after everything in it is written, so a process killed at any moment
+leaves the previous checkpoints as they were; what it left half-written is removed at the next start.
 
-Orbax's CheckpointManager is not used: it deletes old steps in the thread that commits the new one, so that one undeletable folder
-fails the run; and it asks for JAX's preemption sync point from that thread with an old step number, which moves the sync point that
-the loop itself waits for (`signals.py`). Its async checkpointer does the hard part.
+Orbax's CheckpointManager is not used: it deletes old steps in the thread that commits the new one, so that one
+undeletable folder fails the run; and it asks for JAX's preemption sync point from that thread with an old step number,
+where that service expects the loop's own count of steps (`signals.py`). Its async checkpointer does the hard part.
 """
 
 import concurrent.futures
@@ -54,11 +54,11 @@ class Restored(NamedTuple):
 
 
 def _mix(words: Any, xp: Any) -> Any:
-    """uint32 array -> uint32 array of the same shape: each word mixed with its position. A leaf's hash is the sum modulo 2^32.
+    """uint32 array -> the same shape: each word mixed with its position. A leaf's hash is the sum modulo 2^32.
 
-    Integer sums are exact in every order, so the hash depends on no mesh and no layout. For a given position the mix is a bijection of
-    the word: any change within one word changes the sum; other changes escape with a chance of 2^-32. (A plain weighted sum would
-    miss an even number of flipped sign bits.)
+    Integer sums are exact in every order, so the hash depends on no mesh and no layout. For a given position the mix is
+    a bijection of the word: any change within one word changes the sum; other changes escape with a chance of 2^-32. (A
+    plain weighted sum would miss an even number of flipped sign bits.)
     """
     position = xp.zeros((1,) * words.ndim, np.uint32)
     for axis, size in enumerate(words.shape):
@@ -73,8 +73,8 @@ def _mix(words: Any, xp: Any) -> Any:
 def _hash_device(x: jax.Array) -> jax.Array:
     """Bits of `x` (8 to 64 bits an element) -> uint32 scalar, computed where the shards are.
 
-    Summed over the layers first: XLA on CPUs fuses this with the mix (1.1 against 5.3 ns an element of a 30-layer kernel, and no
-    temporary of the leaf's size), but only where it is kept from joining the two sums.
+    Summed over the layers first: XLA on CPUs fuses this with the mix (1.1 against 5.3 ns an element of a 30-layer
+    kernel, and no temporary of the leaf's size), but only where it is kept from joining the two sums.
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
@@ -96,9 +96,13 @@ def checksums(tree: Tree) -> dict[str, int]:
 
     On several processes all of them must call it: sharded leaves are reduced by a collective.
     """
-    hashes = {}
+    hashes: dict[str, Any] = {}
     for path, leaf in _raw_leaves(tree).items():
-        hashes[path] = _hash_device(leaf) if isinstance(leaf, jax.Array) else _hash_host(leaf)
+        if isinstance(leaf, jax.Array):
+            with jax.set_mesh(None):  # under the caller's mesh, a leaf on other devices than the mesh's is an error
+                hashes[path] = _hash_device(leaf)
+        else:
+            hashes[path] = _hash_host(leaf)
     return {path: int(value) for path, value in jax.device_get(hashes).items()}
 
 
@@ -110,7 +114,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _paths(tree: Tree) -> dict[str, Any]:
-    """Leaves by path, parts joined by '/': attribute names, dict keys and indices. None and empty containers are no leaves."""
+    """Leaves by path: attribute names, dict keys and indices joined by '/'. None and empty containers are no leaves."""
     pairs = [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in jax.tree.leaves_with_path(tree)]
     leaves = dict(pairs)
     if len(leaves) != len(pairs):
@@ -121,7 +125,7 @@ def _paths(tree: Tree) -> dict[str, Any]:
 
 
 def _raw_leaves(tree: Tree) -> dict[str, jax.Array | np.ndarray]:
-    """Leaves as arrays of plain numbers: PRNG keys as their data, scalars and what only this process holds as host arrays."""
+    """Leaves as arrays of numbers: PRNG keys as their data; scalars and what one process alone holds on the host."""
     raw: dict[str, jax.Array | np.ndarray] = {}
     for path, leaf in _paths(tree).items():
         if _is_key(leaf):
@@ -129,7 +133,9 @@ def _raw_leaves(tree: Tree) -> dict[str, jax.Array | np.ndarray]:
         if not isinstance(leaf, jax.Array) or (jax.process_count() > 1 and leaf.is_fully_addressable):
             leaf = np.asarray(leaf)
             if leaf.dtype.kind not in "biufV":
-                raise ValueError(f"state leaf {path} is of type {leaf.dtype}; a checkpoint holds numbers: move it into `meta`")
+                raise ValueError(
+                    f"state leaf {path} is of type {leaf.dtype}; a checkpoint holds numbers: move it into `meta`"
+                )
         raw[path] = leaf
     return raw
 
@@ -150,10 +156,16 @@ def _check_structure(saved: dict[str, Any], wanted: dict[str, Any], where: str) 
         want, have = _describe(wanted[path]), saved[path]
         if (want["dtype"], want["shape"]) != (have["dtype"], have["shape"]):
             differing.append(f"{path} is {have['dtype']}{have['shape']}, expected {want['dtype']}{want['shape']}")
-    parts = [("not in the checkpoint", missing), ("only in the checkpoint", extra), ("of another shape or type", differing)]
+    parts = [
+        ("not in the checkpoint", missing),
+        ("only in the checkpoint", extra),
+        ("of another shape or type", differing),
+    ]
     if any(found for _, found in parts):
         text = "; ".join(f"{len(found)} {what}: {_some(found)}" for what, found in parts if found)
-        raise ValueError(f"{where} holds another state than this run's ({text}); has the model or the optimizer changed?")
+        raise ValueError(
+            f"{where} holds another state than this run's ({text}); has the model or the optimizer changed?"
+        )
 
 
 def _some(items: list[str], limit: int = 6) -> str:
@@ -164,7 +176,7 @@ def _some(items: list[str], limit: int = 6) -> str:
 
 
 def list_steps(folder: str | epath.PathLike) -> list[int]:
-    """Steps with a committed checkpoint in `folder`, ascending; what is in them has not been checked. [] if there is no folder."""
+    """Steps with a committed checkpoint in `folder`, ascending, not yet checked; [] if there is no folder."""
     import orbax.checkpoint as ocp
 
     folder = epath.Path(folder).absolute()
@@ -213,7 +225,7 @@ def _ranked(folder: epath.Path, metric: str | None = None, mode: str | None = No
 
 
 def _read(folder: epath.Path, step: int, abstract: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Leaves at `abstract`'s paths with its shardings; InvalidCheckpoint unless each equals what was saved, bit for bit."""
+    """Leaves at `abstract`'s paths, on its shardings; InvalidCheckpoint unless each has the bits that were saved."""
     import orbax.checkpoint as ocp
 
     item, restore_args, on_host = {}, {}, {}
@@ -243,7 +255,9 @@ def _read(folder: epath.Path, step: int, abstract: dict[str, Any], record: dict[
         raise InvalidCheckpoint(f"its arrays can't be read ({type(error).__name__}: {reason[:400]})") from error
     wrong = [path for path, value in found.items() if value != record["leaves"][path]["checksum"]]
     if wrong:
-        raise InvalidCheckpoint(f"{len(wrong)} arrays have other bits than were saved (checksum differs): {_some(wrong)}")
+        raise InvalidCheckpoint(
+            f"{len(wrong)} arrays have other bits than were saved (checksum differs): {_some(wrong)}"
+        )
     leaves = {}
     for path, leaf in abstract.items():
         array = arrays[path]
@@ -259,7 +273,7 @@ def _read(folder: epath.Path, step: int, abstract: dict[str, Any], record: dict[
 
 @contextlib.contextmanager
 def _quiet_asyncio() -> Iterator[None]:
-    """Orbax raises the first error of a damaged checkpoint; asyncio would print those of all other arrays, pages of them."""
+    """Orbax raises the first error of a damaged checkpoint; asyncio would print pages of the other arrays' errors."""
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -275,7 +289,7 @@ def _quiet_asyncio() -> Iterator[None]:
 
 
 def _everywhere(attempt: Callable[[], Any]) -> Any:
-    """The result of `attempt`; InvalidCheckpoint on every process if it was invalid for any, so that all fall back together."""
+    """The result of `attempt`; InvalidCheckpoint on all processes if it was for any: they fall back together."""
     result, problem = None, None
     try:
         result = attempt()
@@ -325,8 +339,8 @@ def restore_params(
 
     Args:
       folder: the run's checkpoint folder; it is only read, a run may be writing to it.
-      abstract_params: tree of jax.ShapeDtypeStruct as saved (shape, dtype); leaves without a sharding go to the default device.
-      step: a step number, "last" (the newest valid one) or "best" (by the metric that the run was told to keep the best of).
+      abstract_params: tree of jax.ShapeDtypeStruct as saved; those without a sharding go to the default device.
+      step: a step number, "last" (the newest valid one) or "best" (by the metric that the run kept the best of).
 
     Returns:
       (step, params, meta).
@@ -387,7 +401,7 @@ class Checkpoints:
     Args:
       folder: made if it does not exist; what a killed run left half-written there is removed.
       keep: the newest `keep` steps stay.
-      keep_best: beside them the best `keep_best` steps by `best_metric` stay (only steps that were saved with that metric).
+      keep_best: beside them the best `keep_best` steps by `best_metric` stay (of those saved with it).
       best_metric: name in `save`'s `metrics`; None: there is no best.
       best_mode: "max" or "min": which value of it is best.
     """
@@ -418,8 +432,10 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()
         _sync("checkpoints_opened")
+        plain = ocp.PyTreeCheckpointHandler(use_compression=False)  # it would save 8% of the space for twice the time
         self._writer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler("state", "record"), async_options=ocp.options.AsyncOptions(timeout_secs=WRITE_TIMEOUT_S)
+            ocp.CompositeCheckpointHandler(state=plain, record=ocp.JsonCheckpointHandler()),
+            async_options=ocp.options.AsyncOptions(timeout_secs=WRITE_TIMEOUT_S),
         )
 
     def _clean(self) -> None:
@@ -433,7 +449,9 @@ class Checkpoints:
                 log.warning("removing %s: its run was killed before this checkpoint was complete", path)
                 _remove(path)
             elif path.suffix == REPLACED and not final.exists():
-                log.warning("checkpoint %s was being saved anew when its run was killed; its former copy is back", final)
+                log.warning(
+                    "checkpoint %s was being saved anew when its run was killed; its former copy is back", final
+                )
                 path.rename(final)
             elif path.suffix in (DELETING, REPLACED):
                 _remove(path)
@@ -454,13 +472,19 @@ class Checkpoints:
         return _ranked(self.folder, self.best_metric, self.best_mode) if self.best_metric else []
 
     def save(
-        self, step: int, state: Tree, meta: dict[str, Any], *, metrics: dict[str, float] | None = None, force: bool = False
+        self,
+        step: int,
+        state: Tree,
+        meta: dict[str, Any],
+        *,
+        metrics: dict[str, float] | None = None,
+        force: bool = False,
     ) -> float:
-        """Begins to save `state`; returns when it is copied off the devices, so that it may be donated. Any thread may call it.
+        """Begins to save `state`; returns when it is copied off the devices and may be donated. Any thread may call it.
 
         Args:
           step: not below a step that is there. A step that this run saved or restored before is not written again ...
-          state: pytree of arrays, PRNG keys and scalars; its weights under `params` if `restore_params` is to find them.
+          state: pytree of arrays, PRNG keys and scalars; its weights are under `params` for `restore_params`.
           meta: what JSON can hold.
           metrics: values by name; `best_metric` among them makes this step a candidate for best.
           force: ... unless `force`, which replaces it (the former copy stays until the new one is committed).
@@ -469,19 +493,19 @@ class Checkpoints:
           Seconds that the caller was held up: the wait for the save before, the checksums, the copy to the host.
 
         Raises:
-          RuntimeError: the save before this one could not be written. ValueError: the folder holds this or a later step of
-          another run, or a leaf is no array of numbers.
+          RuntimeError: the save before this one could not be written. ValueError: the folder holds this or a later step
+          of another run, or a leaf is no array of numbers.
         """
         began = time.perf_counter()
         self.wait()
-        steps = self.steps()
-        exists = step in steps
-        if steps and step < steps[-1] or (exists and step not in self._own):
+        again = step in self._own  # not read from the disk, which may look older to some of several processes
+        newest = max(self.steps(), default=-1)
+        if step < newest or (step == newest and not again):
             raise ValueError(
-                f"{self.folder} already holds checkpoint {steps[-1]} and step {step} can't be saved there: "
+                f"{self.folder} already holds checkpoint {newest} and step {step} can't be saved there: "
                 "restore first (restore(step=...) puts later steps aside), or use another workdir"
             )
-        if exists and not force:
+        if again and not force:
             return time.perf_counter() - began
         import orbax.checkpoint as ocp
 
@@ -495,7 +519,7 @@ class Checkpoints:
         best = {"best_metric": self.best_metric, "best_mode": self.best_mode}
         record = json.dumps({"step": step, "meta": meta, "metrics": values, **best, "leaves": leaves})
         target = self.folder / str(step)
-        if exists and jax.process_index() == 0:
+        if again and jax.process_index() == 0:
             target.rename(target.with_suffix(REPLACED))
         _sync("replaced")
         wrapped = {"record": record, "crc32": zlib.crc32(record.encode())}
@@ -516,22 +540,28 @@ class Checkpoints:
         seconds = time.perf_counter() - began
         log.info("checkpoint %d saved in %.2f s, of which the run waited %.2f s", step, seconds, held)
         if jax.process_index() == 0:
-            replaced = self.folder / f"{step}{REPLACED}"
-            if replaced.exists():
-                _remove(replaced)
-            steps = self.steps()
-            for old in set(steps) - set(steps[-self.keep :]) - set(self._best()[: self.keep_best]):
-                self._delete(self.folder / str(old))
+            try:
+                self._retire(step)
+            except OSError as error:
+                log.warning("could not look for old checkpoints in %s (%s); the run goes on", self.folder, error)
 
-    def _delete(self, path: epath.Path) -> None:
-        """By a rename first: a deletion cut short must not leave half a checkpoint that looks like a whole one."""
-        doomed = path.with_suffix(DELETING)
-        try:
-            path.rename(doomed)
-        except OSError as error:
-            log.warning("could not delete the old checkpoint %s (%s); the run goes on", path, error)
-            return
-        _remove(doomed)
+    def _retire(self, step: int) -> None:
+        """Deletes what need not be kept once `step` is committed.
+
+        By a rename first: a deletion cut short must not leave half a checkpoint that looks like a whole one.
+        """
+        replaced = self.folder / f"{step}{REPLACED}"
+        if replaced.exists():
+            _remove(replaced)
+        steps = self.steps()
+        for old in set(steps) - set(steps[-self.keep :]) - set(self._best()[: self.keep_best]):
+            doomed = self.folder / f"{old}{DELETING}"
+            try:
+                (self.folder / str(old)).rename(doomed)
+            except OSError as error:
+                log.warning("could not delete checkpoint %d (%s); the run goes on, delete it by hand", old, error)
+            else:
+                _remove(doomed)
 
     def _failure(self, step: int, error: BaseException) -> RuntimeError:
         good = self.latest_step()
@@ -542,7 +572,7 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Returns when the save under way is committed and old steps are gone; RuntimeError if it could not be written."""
+        """Returns when the save under way is committed and old steps are gone; RuntimeError if the write failed."""
         if self._pending is None:
             return
         (step, future), self._pending = self._pending, None
@@ -567,21 +597,22 @@ class Checkpoints:
         self.close()
 
     def restore(self, abstract_state: Tree, step: int | None = None) -> Restored | None:
-        """The newest valid checkpoint (or `step`'s), verified, on the shardings of `abstract_state`; None if there is none.
+        """The newest valid checkpoint (or `step`'s), verified, on the shardings of `abstract_state`; None without any.
 
-        An invalid step is named in a warning with its reason, and the next older one is taken. Steps after the restored one are
-        renamed to `<step>.aside`, so that what the run saves from here on never mixes with them; they may be deleted by hand.
+        An invalid step is named in a warning with its reason, and the next older one is taken. Steps after the restored
+        one are renamed to `<step>.aside`, so that what the run saves from here on never mixes with them; they may be
+        deleted by hand.
 
         Args:
-          abstract_state: tree like the saved one with jax.ShapeDtypeStruct leaves (arrays and scalars will do), on any mesh.
+          abstract_state: tree like the saved one with jax.ShapeDtypeStruct leaves (or arrays, scalars), on any mesh.
           step: None, or a step that must be there and valid.
 
         Returns:
           (step, state, meta), or None if there is no checkpoint at all.
 
         Raises:
-          InvalidCheckpoint: checkpoints are there, none (or not the given one) is valid. ValueError: no such step, or the state
-          has other leaves, shapes or dtypes than the saved one.
+          InvalidCheckpoint: checkpoints are there, none (or not the given one) is valid. ValueError: no such step, or
+          the state has other leaves, shapes or dtypes than the saved one.
         """
         self.wait()
         steps = self._agreed_steps()
@@ -597,7 +628,9 @@ class Checkpoints:
             for later in [s for s in steps if s > restored.step]:
                 target = _free_name(self.folder / f"{later}{ASIDE}")
                 (self.folder / str(later)).rename(target)
-                log.warning("checkpoint %d lies after the restored %d and was put aside as %s", later, restored.step, target)
+                log.warning(
+                    "checkpoint %d lies after the restored %d and was put aside as %s", later, restored.step, target
+                )
         _sync("put_aside")
         return restored
 

@@ -1,6 +1,6 @@
 """Evaluation of preference pairs: per-pair values over fixed batches, and their summary with errors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,22 +9,31 @@ import numpy as np
 from jaxalign import metrics
 
 
+def evaluate(run: Any, state: Any) -> dict[str, float]:
+    """The metrics of the policy in `state` over the fixed evaluation pairs of a `build.Run`."""
+    examples = collect(run.examples, state.params, run.eval_batches(state))
+    return summarize(examples, run.objective.total(examples))
+
+
 def collect(
     examples: Callable[[Any, Any, Mapping[str, jax.Array]], dict[str, jax.Array]],
     params: Any,
-    batches: Sequence[Mapping[str, jax.Array]] | Any,
+    batches: Iterable[Mapping[str, jax.Array]],
 ) -> dict[str, np.ndarray]:
     """Per-example values of all batches, fillers left out: {name: [N]}.
 
     Args:
       examples: a jitted objective's `examples`, with replicated outputs.
       params: the weights to evaluate.
-      batches: device batches, in order; may be an iterator.
+      batches: device batches, in order.
     """
     found = [jax.device_get(examples(params, None, batch)) for batch in batches]
     together = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     valid = together["valid"]
     return {name: x[valid] for name, x in together.items()}
+
+
+_VALUES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 
 
 def summarize(examples: Mapping[str, np.ndarray], loss: float) -> dict[str, float]:
@@ -37,7 +46,7 @@ def summarize(examples: Mapping[str, np.ndarray], loss: float) -> dict[str, floa
     margins = examples["rewards/chosen"] - examples["rewards/rejected"]
     mean, error = metrics.mean_se(margins)
     result = {"eval_loss": loss, "eval_rewards/margins": mean, "eval_rewards/margins_se": error}
-    for name in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
+    for name in _VALUES:
         result[f"eval_{name}"] = float(examples[name].mean(dtype=np.float64))
     for name, right in (
         ("eval_rewards/accuracies", margins > 0),
@@ -47,6 +56,11 @@ def summarize(examples: Mapping[str, np.ndarray], loss: float) -> dict[str, floa
         result |= {name: float(right.mean()), f"{name}_low": low, f"{name}_high": high}
     result["eval_pairs"] = len(margins)
     return result
+
+
+def names() -> list[str]:
+    """The names of the metrics that `summarize` gives."""
+    return list(summarize(dict.fromkeys(_VALUES, np.zeros(1)), 0.0))
 
 
 def fixed_prompts(run: Any) -> list[Any]:
@@ -73,38 +87,49 @@ def completions(run: Any, params: Any) -> list[dict[str, Any]]:
         seed=run.config.seed,
         batch_size=len(prompts),
     )
-    shown = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
+    shown = [p if isinstance(p, str) else tokenizer.decode(p, skip_special_tokens=True) for p in prompts]
     return [{"prompt": prompt, "completion": text} for prompt, text in zip(shown, texts, strict=True)]
 
 
 def line(step: int, found: Mapping[str, float]) -> str:
     """An evaluation in one line."""
+    kind = "rewards" if step else "logps"  # before the first step the policy is mostly its own reference
     return (
         f"step {step}: eval_loss {found['eval_loss']:.4f}, margin {found['eval_rewards/margins']:+.4f} "
-        f"(standard error {found['eval_rewards/margins_se']:.4f}), {_accuracy(found, 'rewards')} over "
+        f"(standard error {found['eval_rewards/margins_se']:.4f}), {_accuracy(found, kind)} over "
         f"{found['eval_pairs']:.0f} pairs"
     )
 
 
 def _accuracy(found: Mapping[str, float], kind: str) -> str:
     name = f"eval_{kind}/accuracies"
-    return f"{kind} accuracy {found[name]:.3f} [{found[name + '_low']:.3f}, {found[name + '_high']:.3f}]"
+    what = {"rewards": "accuracy", "logps": "log-prob accuracy"}[kind]
+    return f"{what} {found[name]:.3f} [{found[name + '_low']:.3f}, {found[name + '_high']:.3f}]"
 
 
 def summary(before: Mapping[str, float], after: Mapping[str, float], samples: Sequence[tuple[str, str, str]]) -> str:
-    """What a run changed: evaluation before and after with errors, and (prompt, before, after) completions."""
+    """What a run changed: (prompt, before, after) completions, and the evaluation before and after with its errors."""
     lines = []
     for prompt, old, new in samples:
-        lines += [f"--- {prompt.strip()[-300:]}", f"  before: {old.strip()}", f"  after:  {new.strip()}"]
+        lines += [f"> {_shortened(prompt, from_end=True)}", f"  before  {_shortened(old)}"]
+        lines += [f"  after   {_shortened(new)}"]
     if after:
         mean, error = after["eval_rewards/margins"], after["eval_rewards/margins_se"]
+        above = f" (standard error; {mean / error:.1f} of them above 0)" if error > 0 else ""
+        was = f"{before['eval_rewards/margins']:+.4f} before, " if before else ""
         lines += [
             f"held out, {after['eval_pairs']:.0f} pairs:",
-            f"  margin               0 before -> {mean:+.4f} +- {error:.4f} (standard error; {mean / error:.1f} of them above 0)"
-            if error > 0
-            else f"  margin               {mean:+.4f}",
-            f"  {_accuracy(after, 'rewards')} (95% interval)",
+            f"  margin {was}{mean:+.4f} +- {error:.4f} after{above}",
+            f"  {_accuracy(after, 'rewards')} after (95% interval): how often the chosen answer has the larger reward",
         ]
         if before:
-            lines.append(f"  {_accuracy(before, 'logps')} before training: the likelier answer, without a reference")
+            lines.append(f"  {_accuracy(before, 'logps')} before: how often it is the likelier one, without a reference")
     return "\n".join(lines)
+
+
+def _shortened(text: str, *, from_end: bool = False, width: int = 108) -> str:
+    """A text in one line, its middle whitespace single, its beginning or its end left out."""
+    text = " ".join(text.split())
+    if len(text) <= width:
+        return text or "(blank)"
+    return "... " + text[-width:] if from_end else text[:width] + " ..."

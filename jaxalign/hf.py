@@ -75,9 +75,6 @@ _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
-# --------------------------------------------------------------------------------------------------- where a model is
-
-
 def resolve(path: PathLike) -> Path:
     """The folder or .gguf file that `path` names, downloaded first if it is a hub id.
 
@@ -214,9 +211,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-# ------------------------------------------------------------------------------------------------------------- config
-
-
 def read_config(path: PathLike) -> ModelConfig:
     """The model's config, from config.json or GGUF metadata; no weights are read.
 
@@ -326,9 +320,6 @@ def _llama3_from_divisors(file: "_Gguf", theta: float, head_dim: int) -> dict[st
             "high_freq_factor 4 and original context 8192; use the model's safetensors"
         )
     return dataclasses.asdict(scaling)
-
-
-# ------------------------------------------------------------------------------------------------- names and sources
 
 
 class _Leaf(NamedTuple):
@@ -617,9 +608,6 @@ def _listed(items: Sequence[str]) -> str:
     return ", ".join(items[:_LISTED]) + more
 
 
-# ---------------------------------------------------------------------------------------------------------------- load
-
-
 def load(
     path: PathLike,
     cfg: ModelConfig | None = None,
@@ -740,9 +728,6 @@ def _place(read: Callable[[str], np.ndarray], leaf: _Leaf, dtype: np.dtype, shar
         part = parts.pop(0)
         arrays += [jax.device_put(part, device) for device in group]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
-
-
-# ---------------------------------------------------------------------------------------------------------------- save
 
 
 def save(
@@ -922,7 +907,7 @@ def _verify(
     shapes = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
     for file in _weight_files(folder):
         with safe_open(file, framework="numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for name in opened.keys():  # safe_open is no mapping
                 part = opened.get_slice(name)
                 got = (tuple(part.get_shape()), part.get_dtype())
                 if name in seen or got != (shapes.get(name), _SAFETENSORS_NAMES[dtype]):
@@ -951,9 +936,6 @@ def _swap(new: Path, target: Path, old: Path) -> None:
             os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-# ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
 def load_tokenizer(path: PathLike, *, chat_template: str | None = None) -> Any:
@@ -1126,9 +1108,6 @@ def _write_tokenizer(folder: Path, tokenizer_from: Any) -> None:
         _write_json(file, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-# ------------------------------------------------------------------------------------------------------------ stop ids
-
-
 def end_of_turn(tokenizer: Any) -> int | None:
     """The special token with which the chat template ends an answer (<|im_end|>, <|eot_id|>, </s>), or None."""
     if not getattr(tokenizer, "chat_template", None):
@@ -1183,9 +1162,6 @@ def _generation_config(cfg: ModelConfig, tokenizer: Any, source: PathLike | None
         pad_token_id=pad,
     )
     return {key: value for key, value in kept.items() if key not in ignored} | own
-
-
-# --------------------------------------------------------------------------------------------------------- fingerprint
 
 
 def fingerprint(path: PathLike, *, whole_below: int = 10**9) -> str:

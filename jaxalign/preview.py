@@ -150,7 +150,7 @@ def show(report: dict[str, Any], console: Any) -> None:
     console.rule(style="dim")
     table = Table(title=Text(f"{report['label']} ({report['format']})"), show_header=False)
     for name, value in _facts(report):
-        table.add_row(name, Text(value))
+        table.add_row(Text(name), Text(value))
     console.print(table)
     lengths = Table("tokens", *(f"{p}%" for p in report["lengths"]["prompt"]), title="lengths by percentile")
     for part, values in report["lengths"].items():

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,16 +85,20 @@ class Cached:
         rows = np.arange(len(out)) if rows is None else rows
         for at, (row, pair) in enumerate(zip(rows, batch["row_ids"], strict=True)):
             if pair != FILLER:
-                start, end = self._offsets[2 * pair + row % 2 : 2 * pair + row % 2 + 2]
-                out[at, : end - start] = self.logps[start:end]
+                span = self.span(pair, row)
+                out[at, : span.stop - span.start] = self.logps[span]
         return out
+
+    def span(self, pair: int, row: int) -> slice:
+        """Where in `logps` the tokens of a pair's chosen (even `row`) or rejected (odd) side stand."""
+        return slice(*self._offsets[2 * pair + row % 2 : 2 * pair + row % 2 + 2])
 
 
 def cache_file(folder: Path, *, model: str, prepared: Prepared, cfg: ModelConfig) -> Path:
     """Where the log-probs lie; another model, data, template, length or dtype is another file."""
     identity = [VERSION, model, prepared.fingerprint, prepared.meta["max_length"], cfg.compute_dtype]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    return folder / f"reference-{digest}.npy"
+    return folder / f"reference-{digest}.npz"
 
 
 def cached(
@@ -118,21 +123,15 @@ def cached(
       on_progress: called with (batches done, batches in all).
 
     Raises:
-      ValueError: the file is there, but is not what was written (it names the file to delete).
+      ValueError: the file is there, but damaged or of another size (it names the file to delete).
     """
-    total = int(prepared.lengths.sum())
-    if path.exists():
-        try:
-            logps = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} can't be read ({error}); delete it and start again") from error
-        if logps.shape != (total,) or logps.dtype != np.float32:
-            raise ValueError(f"{path} holds {logps.dtype} {logps.shape}, expected float32 ({total},); delete it")
-        log.info("reference log-probs of %d pairs from %s", len(prepared), path)
-        return Cached(prepared, logps)
-    result = Cached(prepared, np.zeros(total, np.float32))
+    if (found := _read(path, int(prepared.lengths.sum()))) is not None:
+        log.info("reference log-probs of %d pairs from the cache %s", len(prepared), path)
+        return Cached(prepared, found)
+    result = Cached(prepared, np.zeros(int(prepared.lengths.sum()), np.float32))
     rows = sharding.process_rows(mesh, 2 * batch_size)
     batches = EvalBatches(prepared, batch_size=batch_size, buckets=buckets, rows=rows)
+    on_progress(0, len(batches))
     weights = params()
     whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
     for n in range(len(batches)):
@@ -142,15 +141,38 @@ def cached(
         logps_RT = np.asarray(whole(score(weights, device_batch)))
         for row, pair in enumerate(np.repeat(batches.pairs[n], 2)):
             if pair != FILLER:
-                start, end = result._offsets[2 * pair + row % 2 : 2 * pair + row % 2 + 2]
-                result.logps[start:end] = logps_RT[row, : end - start]
+                span = result.span(pair, row)
+                result.logps[span] = logps_RT[row, : span.stop - span.start]
         on_progress(n + 1, len(batches))
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}")  # processes may share the folder
     with open(temporary, "wb") as file:
-        np.save(file, result.logps)
+        np.savez(file, logps=result.logps)
     os.replace(temporary, path)
     return result
+
+
+def _read(path: Path, total: int) -> np.ndarray | None:
+    """The log-probs in a cache file, checked by its CRC; None unless every process has one.
+
+    Raises:
+      ValueError: the file is there, but is not what was written (it names the file to delete).
+    """
+    there = path.exists()
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        there = bool(multihost_utils.process_allgather(np.array(there)).all())
+    if not there:
+        return None
+    try:
+        with np.load(path) as file:
+            logps = file["logps"]
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and start again") from error
+    if logps.shape != (total,) or logps.dtype != np.float32:
+        raise ValueError(f"{path} holds {logps.dtype} {logps.shape}, expected float32 ({total},); delete it")
+    return logps
 
 
 def place(mesh: Any, batch: Mapping[str, np.ndarray], n_rows: int) -> dict[str, jax.Array]:
@@ -173,6 +195,6 @@ def check_start(difference: float, *, compute_dtype: str) -> None:
         raise ValueError(
             f"the policy begins as its reference, but a token's log-prob differs by {difference:.3g} nats between them "
             f"at the first step (rounding in {compute_dtype} gives under {limit:g}). The reference log-probs belong to "
-            "other weights or other rows: delete the cache (data.cache_dir, reference-*.npy) if reference.mode is "
+            "other weights or other rows: delete the cache (data.cache_dir, reference-*.npz) if reference.mode is "
             "cached; otherwise this is a bug in jaxalign: please report it with the run's config.json"
         )

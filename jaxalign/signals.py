@@ -1,12 +1,13 @@
-"""Being told to stop: SIGTERM or Ctrl-C saves and exits 75, also while the main thread sits in a compilation; a second Ctrl-C aborts.
+"""Being told to stop: SIGTERM or Ctrl-C saves and exits 75, during a compilation too; a second Ctrl-C aborts.
 
-A Python signal handler runs between two bytecodes of the main thread, so not before a compilation of minutes is over, which is longer
-than a scheduler waits before it kills. The C half of the handler, however, writes the signal's number to a file descriptor at once
-(`signal.set_wakeup_fd`); a thread of ours reads it there. Between steps the loop asks `should_stop`; where no step's end is near
-(first compile, evaluation, generation) it declares a region with what to do, and the thread does that itself and ends the process.
+A Python signal handler runs between two bytecodes of the main thread, so not before a compilation of minutes is over,
+which is longer than a scheduler waits before it kills. The C half of the handler, however, writes the signal's number
+to a file descriptor at once (`signal.set_wakeup_fd`); a thread of ours reads it there. Between steps the loop asks
+`should_stop`; where no step's end is near (first compile, evaluation, generation) it declares a region with what to do,
+and the thread does that itself and ends the process.
 
-With several processes no handler of ours is installed: JAX's preemption service catches SIGTERM on any of them and makes all agree
-on one step to stop after, and Ctrl-C stays Python's own.
+With several processes no handler of ours is installed: JAX's preemption service catches SIGTERM on any of them and
+makes all agree on one step to stop after, and Ctrl-C stays Python's own.
 """
 
 import contextlib
@@ -38,29 +39,34 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 
 def _say(text: str) -> None:
-    """Straight to the descriptor: the main thread may hold the lock of sys.stderr, or a progress bar may have replaced it."""
+    """Straight to the descriptor: the main thread may hold sys.stderr's lock, a progress bar may have replaced it."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
 
 def _end(code: int) -> None:
     """Ends the process without the main thread's help, and the workers that it would have stopped."""
+    if os.isatty(2):
+        with contextlib.suppress(OSError):
+            os.write(2, b"\x1b[?25h")  # a progress bar has hidden the cursor
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)
 
 
 class Stopper:
-    """Installs itself on `with`, from the main thread; elsewhere (a notebook's worker thread) it is inert: `requested` stays False.
+    """Installs itself on `with`, in the main thread; elsewhere (a notebook's worker thread) `requested` stays False.
 
-    On several processes enter it after `jax.distributed.initialize()`. The former handlers are back when the block ends.
+    On several processes enter it after `jax.distributed.initialize()`. The former handlers come back at the end.
     """
 
     requested: bool = False
     """A stop was asked for. On several processes: the step to stop after is reached."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # held while a region begins or ends, and while a request finds out whether it is in one
+        self._lock = (
+            threading.Lock()
+        )  # held while a region begins or ends, and while a request finds out whether it is in one
         self._region: _Region | None = None
         self._acting = False
         self._several = False
@@ -84,16 +90,20 @@ class Stopper:
             return
         _installed.remove(self)
         for number, handler in self._former.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not installed from Python
+            signal.signal(
+                number, signal.SIG_DFL if handler is None else handler
+            )  # None: it was not installed from Python
         signal.set_wakeup_fd(self._former_fd)
-        self._writer.shutdown(socket.SHUT_WR)  # the watcher reads the end and returns; a close would not do if a worker was forked
+        self._writer.shutdown(
+            socket.SHUT_WR
+        )  # the watcher reads the end and returns; a close would not do if a worker was forked
         self._watcher.join()
         self._writer.close()
         self._reader.close()
         self._watcher = None
 
     def should_stop(self, step: int) -> bool:
-        """Whether to save now and exit 75. Ask once after every step, on every process, with the number of the same step."""
+        """Whether to save now and exit 75. To be asked after every step, by every process, with the step's number."""
         if self._several and not self.requested:
             from jax.experimental import multihost_utils
 
@@ -104,10 +114,10 @@ class Stopper:
     def during(self, name: str, on_stop: Callable[[], object] | None = None) -> Iterator[None]:
         """While inside, a stop request runs `on_stop()` in another thread at once and exits 75 (1 if it raises).
 
-        `on_stop` may save and wait; the main thread can't leave the region meanwhile, but it goes on until then, so what `on_stop`
-        reads must not be what the region changes or donates. None: there is nothing to save. A request that came before the
-        region acts on entering it. Regions may be nested; the inner one counts. On several processes a region does nothing: the
-        request is found after the step.
+        `on_stop` may save and wait; the main thread can't leave the region meanwhile, but it goes on until then, so
+        what `on_stop` reads must not be what the region changes or donates. None: there is nothing to save. A request
+        that came before the region acts on entering it. Regions may be nested; the inner one counts. On several
+        processes a region does nothing: the request is found after the step.
         """
         if self._watcher is None:
             yield
@@ -169,7 +179,7 @@ _installed: list[Stopper] = []
 
 
 def _in_forked_child() -> None:
-    """A forked worker shares the descriptor: the SIGTERM that ends it would stop the run. And Ctrl-C is the parent's to handle."""
+    """A forked worker shares the descriptor: the SIGTERM that ends it would stop the run. Ctrl-C is its parent's."""
     if _installed:
         _installed.clear()
         signal.set_wakeup_fd(-1)

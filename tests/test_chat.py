@@ -43,12 +43,12 @@ def one(tokenizer, example, **options):
 
 def test_extract_prompt_is_trls():
     for case in golden("llama", "data_conversions")["extract_prompt"]:
-        example = extract_prompt(case["in"]["chosen"], case["in"]["rejected"])
-        assert {"prompt": example.prompt, "chosen": example.chosen, "rejected": example.rejected} == case["out"]
+        prompt, chosen, rejected = extract_prompt(case["in"]["chosen"], case["in"]["rejected"])
+        assert {"prompt": prompt, "chosen": chosen, "rejected": rejected} == case["out"]
 
 
 def test_extract_prompt_keeps_the_last_item_of_a_side_that_begins_the_other():
-    assert extract_prompt([USER], [USER, GOOD]) == Example([], [USER], [USER, GOOD])
+    assert extract_prompt([USER], [USER, GOOD]) == ([], [USER], [USER, GOOD])
 
 
 def test_pairs_reads_every_way_to_give_the_prompt():
@@ -238,18 +238,19 @@ def test_a_token_that_merges_across_the_border_belongs_to_the_response(llama):
     alone = encode_prompt(llama, "cloud teach ")
     pair = one(llama, Example("cloud teach ", "glass", "kind"))
     assert pair.prompt_length == len(alone) - 1
-    assert pair.chosen == special_prefix(llama) + llama("cloud teach glass" + llama.eos_token, add_special_tokens=False)[
-        "input_ids"
-    ]
+    whole = llama("cloud teach glass" + llama.eos_token, add_special_tokens=False)["input_ids"]
+    assert pair.chosen == special_prefix(llama) + whole
     assert llama.decode(pair.chosen[pair.prompt_length :]) == " glass" + llama.eos_token
 
 
 def test_a_border_that_only_one_side_merges_across_is_cut_alike_on_both(llama):
-    # "." stays apart from the blank before it, so only chosen merges.
-    pair = one(llama, Example("cloud teach ", "glass", "1"))
-    apart = one(llama, Example("cloud teach ", "1", "2"))
-    assert pair.prompt_length <= apart.prompt_length
-    assert pair.chosen[: pair.prompt_length] == pair.rejected[: pair.prompt_length]
+    # The blank merges into " g" but stays apart from "1".
+    alone = encode_prompt(llama, "cloud teach ")
+    assert one(llama, Example("cloud teach ", "1", "2")).prompt_length == len(alone)
+    for chosen, rejected in (("glass", "1"), ("1", "glass")):
+        pair = one(llama, Example("cloud teach ", chosen, rejected))
+        assert pair.prompt_length == len(alone) - 1
+        assert pair.chosen[: pair.prompt_length] == pair.rejected[: pair.prompt_length] == alone[:-1]
 
 
 def test_eos_ends_plain_text_once(llama):
@@ -283,7 +284,8 @@ def test_thoughts_stripped_from_the_history_leave_the_border_right(tokenizers):
     tokenizer = tokenizers["qwen3"]
     earlier = {"role": "assistant", "content": "<think>river</think>ocean"}
     answer = {"role": "assistant", "content": "<think>paper</think>glass"}
-    pair = one(tokenizer, Example([USER, earlier, USER], [answer], [BAD]), chat_template=THINKING.replace("GENERATION", ""))
+    template = THINKING.replace("GENERATION", "")
+    pair = one(tokenizer, Example([USER, earlier, USER], [answer], [BAD]), chat_template=template)
     assert "river" not in tokenizer.decode(pair.chosen)
     assert tokenizer.decode(pair.chosen[pair.prompt_length :]) == answer["content"] + "<|im_end|>\n"
 

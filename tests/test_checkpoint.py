@@ -1,4 +1,4 @@
-"""jaxalign.checkpoint: what is saved comes back bit for bit on any mesh; what was damaged is found; what must stay stays."""
+"""jaxalign.checkpoint: what is saved comes back bit for bit on any mesh, what was damaged is found, the best stays."""
 
 import os
 import random
@@ -41,13 +41,19 @@ def params_of(scale: float = 1.0) -> dict[str, Any]:
 
 
 def make_state(step: int = 0, scale: float = 1.0) -> State:
-    """Adam with a masked part, a PRNG key, a flag, a host array and Python scalars: every kind of leaf and of empty node."""
+    """Masked Adam, a PRNG key, a flag, a host array and Python scalars: every kind of leaf and of empty node."""
     params = params_of(scale)
     decayed = {"embed_tokens": True, "layers": True, "norm": False}
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), optax.masked(optax.adam(1e-3), decayed), optax.add_decayed_weights(0.0, decayed)
     )
-    aux = {"key": jax.random.key(7), "halted": jnp.array(False), "mean": np.float64(0.5), "rows": np.arange(5), "tries": 3}
+    aux = {
+        "key": jax.random.key(7),
+        "halted": jnp.array(False),
+        "mean": np.float64(0.5),
+        "rows": np.arange(5),
+        "tries": 3,
+    }
     return State(jnp.int32(step), params, tx.init(params), aux)
 
 
@@ -87,7 +93,9 @@ def mesh_of(shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
 
 
 def data_files(step_folder: Path) -> list[Path]:
-    return [p for p in sorted((step_folder / "state").rglob("*")) if p.is_file() and "/d/" in str(p) and p.stat().st_size]
+    return [
+        p for p in sorted((step_folder / "state").rglob("*")) if p.is_file() and "/d/" in str(p) and p.stat().st_size
+    ]
 
 
 def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
@@ -108,9 +116,11 @@ def test_restore_on_another_mesh_is_bit_equal_and_its_checksums_are(tmp_path, di
     fsdp = placed(make_state(1), mesh_of((8,), ("fsdp",)), P("fsdp"))
     mixed = placed(make_state(0, 0.0), mesh_of((2, 4), ("data", "fsdp")), P("fsdp"))
     single = make_state(1)
-    source, target = {"shard differently": (fsdp, mixed), "one device": (fsdp, single), "from one device": (single, mixed)}[
-        direction
-    ]
+    source, target = {
+        "shard differently": (fsdp, mixed),
+        "one device": (fsdp, single),
+        "from one device": (single, mixed),
+    }[direction]
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, source, {})
         restored = checkpoints.restore(abstract(target)).state
@@ -149,9 +159,13 @@ def test_checksum_finds_every_single_flipped_bit_moved_values_and_even_sign_flip
         assert checksums({"x": np.ascontiguousarray(other)})["x"] != reference
 
 
-@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int32", "float16", "bfloat16", "float32", "int64", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int8", "uint8", "int32", "float16", "bfloat16", "float32", "int64", "float64"]
+)
 def test_checksum_of_a_dtype_is_the_same_on_device_and_host(dtype):
-    x = np.asarray(jnp.asarray(np.arange(24).reshape(2, 3, 4) % 3, "bfloat16" if dtype == "bfloat16" else None)).astype(dtype)
+    x = np.asarray(jnp.asarray(np.arange(24).reshape(2, 3, 4) % 3, "bfloat16" if dtype == "bfloat16" else None)).astype(
+        dtype
+    )
     with jax.enable_x64(True):
         assert checksums({"x": x}) == checksums({"x": jnp.asarray(x)})
 
@@ -185,7 +199,11 @@ def test_one_flipped_bit_in_the_array_file_is_found_and_the_run_falls_back(tmp_p
             step, state, meta = checkpoints.restore(abstract(newer))
             assert step == 1 and meta == {"n": 1}
             assert_same_bits(state, older)
-            assert "checkpoint 2" in caplog.text and "INVALID" in caplog.text and "falling back to checkpoint 1" in caplog.text
+            assert (
+                "checkpoint 2" in caplog.text
+                and "INVALID" in caplog.text
+                and "falling back to checkpoint 1" in caplog.text
+            )
             assert checkpoints.steps() == [1]
             (tmp_path / "2.aside").rename(tmp_path / "2")
         with pytest.raises(InvalidCheckpoint, match="no checkpoint in .* is valid .*2: its arrays|other bits"):
@@ -272,7 +290,9 @@ def test_another_state_is_an_error_that_names_the_leaves_and_never_a_fallback(tm
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         other = abstract(state)._replace(aux={"new": jnp.zeros(3)}, step=jax.ShapeDtypeStruct((2,), jnp.int32))
-        with pytest.raises(ValueError, match=r"1 not in the checkpoint: aux/new; .*aux/halted.*step is int32\[\], expected int32\[2\]"):
+        with pytest.raises(
+            ValueError, match=r"1 not in the checkpoint: aux/new; .*aux/halted.*step is int32\[\], expected int32\[2\]"
+        ):
             checkpoints.restore(other)
         with pytest.raises(ValueError, match="of type <U3; a checkpoint holds numbers"):
             checkpoints.save(2, {"params": {}, "name": "abc"}, {})
@@ -318,23 +338,30 @@ def test_the_newest_and_the_best_are_both_kept(tmp_path):
 
 
 def test_an_old_step_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch, caplog):
-    rmtree = shutil.rmtree
+    rmtree, rename = shutil.rmtree, os.rename
 
     def refuse(path, *args, **kwargs):
         if Path(path).name == "1.deleting":
             raise PermissionError(f"not allowed: {path}")
         rmtree(path, *args, **kwargs)
 
+    def refuse_rename(path, target, **kwargs):
+        if Path(target).name == "2.deleting":
+            raise PermissionError(f"not allowed: {path}")
+        rename(path, target, **kwargs)
+
     state = {"params": {"w": jnp.ones(4)}}
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         monkeypatch.setattr(shutil, "rmtree", refuse)
+        monkeypatch.setattr(os, "rename", refuse_rename)
         for step in (1, 2, 3):
             checkpoints.save(step, state, {})
         checkpoints.wait()
-        assert checkpoints.steps() == [3] and "could not delete" in caplog.text
-    monkeypatch.undo()
+        assert checkpoints.steps() == [2, 3] and caplog.text.count("could not delete") == 2
+        monkeypatch.undo()
+        checkpoints.save(4, state, {})
     Checkpoints(tmp_path).close()
-    assert [p.name for p in tmp_path.iterdir()] == ["3"]
+    assert [p.name for p in tmp_path.iterdir()] == ["4"]
 
 
 def test_an_asynchronous_write_that_fails_fails_the_run(tmp_path):
@@ -346,9 +373,15 @@ def test_an_asynchronous_write_that_fails_fails_the_run(tmp_path):
         checkpoints.wait()
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
-            for step, find_out in ((2, checkpoints.wait), (3, lambda: checkpoints.save(4, small, {})), (5, checkpoints.close)):
+            for step, find_out in (
+                (2, checkpoints.wait),
+                (3, lambda: checkpoints.save(4, small, {})),
+                (5, checkpoints.close),
+            ):
                 checkpoints.save(step, big, {})
-                with pytest.raises(RuntimeError, match=f"checkpoint {step} could not be written.*Checkpoint 1 is the newest"):
+                with pytest.raises(
+                    RuntimeError, match=f"checkpoint {step} could not be written.*Checkpoint 1 is the newest"
+                ):
                     find_out()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -408,16 +441,17 @@ while True:
 def test_after_kill_9_during_saves_the_next_start_finds_the_last_committed_step(tmp_path):
     rng = random.Random(1)
     committed, left_unfinished = 0, 0
-    for _ in range(5):
+    for _ in range(4):
         process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         restored = int(process.stdout.readline().split()[1])
         assert committed <= restored <= committed + 1
-        time.sleep(rng.uniform(0.3, 1.2))
+        committed = int(process.stdout.readline().split()[1])  # from here on it does nothing but save
+        time.sleep(rng.uniform(0.0, 0.3))
         process.send_signal(signal.SIGKILL)
         output = process.communicate()[0].split()
-        committed = max([restored, *map(int, output[1::2])])
+        committed = max([committed, *map(int, output[1::2])])
         left_unfinished += any("tmp" in p.name for p in tmp_path.iterdir())
-    assert committed > 3 and left_unfinished
+    assert left_unfinished
     Checkpoints(tmp_path).close()
     assert all(p.name.isdigit() for p in tmp_path.iterdir())
 
@@ -433,7 +467,8 @@ from jaxalign.checkpoint import Checkpoints, checksums, read_meta
 mesh = Mesh(np.array(jax.devices()), ("fsdp",))
 whole = {"params": {"w": np.arange(64, dtype=np.float32).reshape(8, 8)}, "step": np.int32(1)}
 def place(x, spec): return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
-state = {"params": {"w": place(whole["params"]["w"], P("fsdp"))}, "step": place(whole["step"], P()), "local": jnp.ones(3)}
+sharded = {"w": place(whole["params"]["w"], P("fsdp"))}
+state = {"params": sharded, "step": place(whole["step"], P()), "local": jnp.ones(3)}
 abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 abstract["params"]["w"] = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp")))
 with Checkpoints(sys.argv[3], keep=2) as checkpoints:
@@ -471,5 +506,9 @@ def test_two_processes_write_one_checkpoint_and_fall_back_together(tmp_path):
     assert [p.returncode for p in both] == [0, 0], outputs
     lines = [[line for line in out.splitlines() if "RESULT" in line] for out, _ in outputs]
     assert lines[0] == lines[1]
-    whole = {"params": {"w": np.arange(64, dtype=np.float32).reshape(8, 8)}, "step": np.int32(1), "local": np.ones(3, np.float32)}
+    whole = {
+        "params": {"w": np.arange(64, dtype=np.float32).reshape(8, 8)},
+        "step": np.int32(1),
+        "local": np.ones(3, np.float32),
+    }
     assert lines[0] == [f"RESULT 2 {{'n': 2}} {checksums(whole)}"]

@@ -63,9 +63,6 @@ def equal(a, b) -> bool:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_every_tensor_arrives_where_its_name_says(model):
     cfg, params = hf.load(policy(model))
@@ -161,9 +158,6 @@ def test_a_score_head_over_a_language_model_is_new_and_the_same_each_time():
     assert equal(params, hf.load(policy("llama"), head="score")[1])
     with pytest.raises(ValueError, match="head 'value'"):
         hf.load(policy("llama"), head="value")
-
-
-# ------------------------------------------------------------------------------------------------- refused and broken
 
 
 def test_missing_extra_and_misshapen_tensors_are_all_named(llama):
@@ -330,9 +324,6 @@ def test_quantised_safetensors_are_refused(llama):
         hf.load(llama)
 
 
-# -------------------------------------------------------------------------------------------------------------- paths
-
-
 def test_a_path_that_is_nothing_says_what_was_expected(tmp_path):
     with pytest.raises(ValueError, match="expected a folder.*gguf.*package:NAME.*hub id"):
         hf.resolve(tmp_path / "nothing")
@@ -426,9 +417,6 @@ def test_a_hub_download_takes_no_pickles_and_reads_the_config_first(monkeypatch,
     (llama / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no safetensors"):
         hf.resolve("org/name")
-
-
-# ------------------------------------------------------------------------------------------------------------- saving
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -538,9 +526,6 @@ def test_a_folder_that_is_no_model_is_never_replaced(tmp_path):
         hf.save(tmp_path / "out", cfg, params, max_shard_bytes=0)
 
 
-# -------------------------------------------------------------------------------------------- tokenizer and stop ids
-
-
 @pytest.mark.parametrize("from_object", [False, True])
 def test_the_tokenizer_goes_along(from_object, tmp_path):
     cfg, params = hf.load(policy("llama"))
@@ -594,9 +579,6 @@ def test_a_folder_without_tokenizer_says_so(llama):
         hf.save(llama.parent / "out", cfg, params, tokenizer_from=llama)
 
 
-# ------------------------------------------------------------------------------------------------------------- finger
-
-
 def test_fingerprint_follows_the_content_and_nothing_else(llama):
     first = hf.fingerprint(llama)
     assert first == hf.fingerprint(policy("llama"))
@@ -608,9 +590,6 @@ def test_fingerprint_follows_the_content_and_nothing_else(llama):
     second = hf.fingerprint(llama)
     change_config(llama, rope_theta=2.0)
     assert hf.fingerprint(llama) != second
-
-
-# --------------------------------------------------------------------------------------------------------------- GGUF
 
 
 def write_gguf(file: Path, model: str, *, quantised: bool = False, metadata: dict | None = None, drop=()) -> None:
@@ -822,9 +801,6 @@ def test_digits_are_split_as_the_pre_tokenizer_says(pre, pieces, tmp_path):
     tokenizer = hf._gguf_tokenizer(file._replace(metadata=file.metadata | {"tokenizer.ggml.pre": pre}))
     split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("1234")
     assert [piece for piece, _ in split] == pieces
-
-
-# ------------------------------------------------------------------------------------------------------------ SmolLM2
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""Data: rows (`sources`) -> examples (`formats`) -> tokens (`chat`) -> batches (`batching`)."""
+"""Data: rows (`rows`) -> examples (`formats`) -> tokens (`chat`), prepared (`sources`) -> batches (`batching`)."""

@@ -1,4 +1,4 @@
-"""Prepared pairs -> batches. Batch n is a function of (pairs, batch size, buckets, seed, n), so a run resumes by number.
+"""Prepared pairs -> batches. Batch n depends on (pairs, batch size, buckets, seed, n) alone: a run resumes by number.
 
 Letters: R rows of the global batch, two a pair (2i chosen, 2i + 1 rejected); T tokens of the longest row's bucket.
 """

@@ -94,10 +94,13 @@ def encode_pairs(
     results: list[EncodedPair | RowError | None] = []
     for example in examples:
         try:
-            if isinstance(example.prompt, str):
-                texts += _plain_texts(tokenizer, example)
-            else:
-                texts += _chat_texts(tokenizer, example, template)
+            match example.prompt, example.chosen, example.rejected:
+                case str(prompt), str(chosen), str(rejected):
+                    texts += _plain_texts(tokenizer, prompt, chosen, rejected)
+                case list(prompt), list(chosen), list(rejected):
+                    texts += _chat_texts(tokenizer, prompt, chosen, rejected, template)
+                case _:
+                    raise RowError("prompt and responses are of different kinds", "text and messages")
             results.append(None)
         except RowError as error:
             results.append(error)
@@ -106,18 +109,20 @@ def encode_pairs(
         if results[at] is None:
             start = prefix if isinstance(example.prompt, str) else []
             results[at] = _cut(*(_one_bos(tokenizer, start + next(encoded)) for _ in range(3)))
-    return results  # type: ignore[return-value]  # every None was replaced
+    return [result for result in results if result is not None]
 
 
-def _plain_texts(tokenizer: Any, example: Example) -> tuple[str, str, str]:
+def _plain_texts(tokenizer: Any, prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
     eos = tokenizer.eos_token
     if not eos:
         raise ValueError("the tokenizer has no eos token, so a plain text response would never end")
-    chosen, rejected = (text if text.endswith(eos) else text + eos for text in (example.chosen, example.rejected))
-    return example.prompt, example.prompt + chosen, example.prompt + rejected
+    ended_chosen, ended_rejected = (text if text.endswith(eos) else text + eos for text in (chosen, rejected))
+    return prompt, prompt + ended_chosen, prompt + ended_rejected
 
 
-def _chat_texts(tokenizer: Any, example: Example, template: str | None) -> tuple[str, str, str]:
+def _chat_texts(
+    tokenizer: Any, prompt: Messages, chosen: Messages, rejected: Messages, template: str | None
+) -> tuple[str, str, str]:
     """Prompt, prompt + chosen and prompt + rejected as text.
 
     Raises RowError if the template writes the history differently once the answer follows: then no border is right.
@@ -126,21 +131,21 @@ def _chat_texts(tokenizer: Any, example: Example, template: str | None) -> tuple
     def text(messages: Messages, generation: bool = False) -> str:
         return render(tokenizer, messages, add_generation_prompt=generation, chat_template=template)
 
-    prompt = text(example.prompt, generation=True)
-    wholes = text(example.prompt + example.chosen), text(example.prompt + example.rejected)
-    if not all(whole.startswith(prompt) for whole in wholes):
+    before = text(prompt, generation=True)
+    wholes = text(prompt + chosen), text(prompt + rejected)
+    if not all(whole.startswith(before) for whole in wholes):
         # A generation prompt that opens what a finished turn lacks (<think>) is fine: the cut comes before it.
-        if not all(whole.startswith(text(example.prompt)) for whole in wholes):
+        if not all(whole.startswith(text(prompt)) for whole in wholes):
             raise RowError(
                 "the chat template rewrites the history", "the prompt's text changes once the response follows it"
             )
     elif "add_generation_prompt" not in (template or ""):
         # Without a generation prompt, what the template writes before an answer still belongs to the prompt.
-        probed = text([*example.prompt, {"role": "assistant", "content": _PROBE}])
+        probed = text([*prompt, {"role": "assistant", "content": _PROBE}])
         header = probed[: max(0, probed.find(_PROBE))]
         if header and all(whole.startswith(header) for whole in wholes):
-            prompt = header
-    return prompt, *wholes
+            before = header
+    return before, *wholes
 
 
 def _cut(prompt: list[int], chosen: list[int], rejected: list[int]) -> EncodedPair | RowError:

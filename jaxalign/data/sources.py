@@ -1,12 +1,7 @@
-"""Rows from files, packages, folders, the hub or memory -> tokenized pairs on disk, made once and memory-mapped."""
+"""Rows -> tokenized pairs on disk, made once and memory-mapped."""
 
 import contextlib
-import csv
-import difflib
-import glob
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import logging
@@ -17,10 +12,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import util as importlib_util
 from pathlib import Path
 from typing import Any
 
@@ -28,267 +22,22 @@ import numpy as np
 
 from jaxalign.data.chat import EncodedPair, encode_pairs, template_of
 from jaxalign.data.formats import FORMATS, Example, RowError, detect
+from jaxalign.data.rows import Rows, digest, read_rows, to_json
+
+__all__ = ["Prepared", "Rows", "prepare", "read_rows", "split_by_hash"]
 
 log = logging.getLogger(__name__)
 
 # Part of every cache key: raise it whenever the same rows would become other tokens or other files.
 VERSION = 1
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz")
-
-# Rows handed to the tokenizer at once; and the number of rows from which worker processes pay for their start.
+# Rows handed to the tokenizer at once; the number of rows from which worker processes pay for their start; and the rows
+# that are tried before they do.
 _CHUNK = 1000
 _WORKERS_FROM = 8000
+_TRIED = 32
 
 _ARRAYS = ("tokens", "offsets", "prompt_lengths", "rows", "prompt_hashes", "text_offsets")
-
-
-# ---- reading rows
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a source, read when iterated. A row is what its format gets: a dict, or text that is not JSON.
-
-    Attributes:
-        label: the source's name in messages.
-        fingerprint: a hash of the content, known without reading rows where the content is files.
-    """
-
-    label: str
-    fingerprint: str
-    read: Callable[[], Iterator[Any]] = field(repr=False)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.read()
-
-
-def read_rows(
-    source: Any, *, split: str | None = None, name: str | None = None, limit: int | None = None
-) -> Rows:
-    """Finds a source's rows.
-
-    Args:
-        source: a file (json, jsonl, parquet, csv; the text ones also .gz), a glob, a list of these, `package:NAME/FILE`
-            (a file inside an installed package), a folder (of `save_to_disk`, or one that `datasets.load_dataset`
-            reads), a dataset id on the Hugging Face hub, a list of dicts, or a `datasets.Dataset`.
-        split: which split of a folder, hub dataset or DatasetDict; None: "train". What has no splits takes no other.
-        name: configuration of a hub dataset.
-        limit: keep the first rows only.
-
-    Raises:
-        ValueError: nothing is there; the message names what was looked for and what is near.
-    """
-    if isinstance(source, Rows):
-        rows = source
-    elif isinstance(source, (str, os.PathLike)):
-        rows = _read_path(str(source), split, name)
-    elif isinstance(source, Sequence) and source and all(isinstance(item, (str, os.PathLike)) for item in source):
-        rows = _read_files([file for item in source for file in find_files(str(item))], split, name)
-    elif isinstance(source, Sequence):
-        rows = _in_memory(list(source), f"a list of {len(source)} rows")
-    elif hasattr(source, "column_names"):
-        rows = _read_dataset(source, split, "a dataset in memory", key=None)
-    else:
-        raise ValueError(
-            f"data must be a path, a list of paths, a hub id, a list of dicts or a datasets.Dataset, got "
-            f"{type(source).__name__}"
-        )
-    if limit is None:
-        return rows
-    if limit < 1:
-        raise ValueError(f"limit={limit}, expected at least 1")
-    return Rows(rows.label, _digest(rows.fingerprint, limit), lambda: itertools.islice(iter(rows), limit))
-
-
-def find_files(path: str) -> list[Path]:
-    """The files that a path, a glob or `package:NAME/FILE` names; raises ValueError if there are none."""
-    if path.startswith("package:"):
-        return [_package_file(path)]
-    path = os.path.expanduser(path)
-    if os.path.isfile(path):
-        return [Path(path)]
-    found = sorted(Path(file) for file in glob.glob(path, recursive=True) if os.path.isfile(file))
-    if not found:
-        raise ValueError(f"no data file {path!r}{_nearest(Path(path))}")
-    return found
-
-
-def _package_file(path: str) -> Path:
-    package, _, inside = path.removeprefix("package:").partition("/")
-    spec = importlib_util.find_spec(package) if package.isidentifier() else None
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-    if not folders:
-        raise ValueError(f"{path!r}: there is no installed package {package!r}; expected package:NAME/FILE")
-    for folder in folders:
-        file = (folder / inside).resolve()
-        if file.is_file() and file.is_relative_to(folder.resolve()):
-            return file
-    raise ValueError(f"{path!r}: the package {package!r} has no file {inside!r}{_nearest(folders[0] / inside)}")
-
-
-def _nearest(path: Path) -> str:
-    """The end of a message about a missing file: the names in its folder that look like it."""
-    folder = path.parent
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
-    if folder != path.parent:
-        return f"; the folder {str(path.parent)!r} does not exist"
-    names = [entry.name for entry in itertools.islice(folder.iterdir(), 10_000)]
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(str(folder / name)) for name in near)}?" if near else ""
-
-
-def _read_path(path: str, split: str | None, name: str | None) -> Rows:
-    expanded = Path(path).expanduser()
-    if expanded.is_dir():
-        return _read_folder(expanded, split, name)
-    is_file_name = path.endswith(SUFFIXES) or path.startswith(("package:", "/", ".", "~")) or glob.has_magic(path)
-    if expanded.is_file() or is_file_name or path.count("/") > 1:
-        return _read_files(find_files(path), split, name)
-    return _read_hub(path, split, name)
-
-
-def _read_files(files: list[Path], split: str | None, name: str | None) -> Rows:
-    if split not in (None, "train") or name is not None:
-        raise ValueError(
-            f"split={split!r} and name={name!r} are for data sets of `datasets`; {files[0]} is a file, which has no "
-            "splits: give the path of the file that you mean"
-        )
-    for file in files:
-        if not file.name.endswith(SUFFIXES):
-            raise ValueError(f"{file}: cannot read this kind of file; expected {', '.join(SUFFIXES)}")
-    label = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    key = _digest("files", *((file.name.split(".", 1)[-1], _hash_file(file)) for file in files))
-    return Rows(label, key, lambda: itertools.chain.from_iterable(map(_read_file, files)))
-
-
-def _read_file(file: Path) -> Iterator[Any]:
-    kind = next(suffix for suffix in SUFFIXES if file.name.endswith(suffix)).removesuffix(".gz")
-    if kind == ".parquet":
-        import pyarrow.parquet
-
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=_CHUNK):
-            yield from batch.to_pylist()
-        return
-    try:
-        with gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb") as stream:
-            if kind == ".csv":
-                csv.field_size_limit(2**31 - 1)
-                yield from csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
-            else:
-                yield from _read_json(stream, file)
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged or not what its name says: {error}") from error
-
-
-def _read_json(stream: Any, file: Path) -> Iterator[Any]:
-    """Rows of one JSON list, or of one JSON value a line. A line that is no JSON is given as its text."""
-    first = next((line for line in stream if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
-    if first.lstrip().startswith(b"["):
-        try:
-            rows = json.loads(first + stream.read())
-        except ValueError as error:
-            raise ValueError(f"{file} begins like one JSON list but is none: {error}") from error
-        yield from rows
-        return
-    for line in itertools.chain([first], stream):  # bytes: split at \n alone, not at every line separator of Unicode
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                yield line.decode("utf-8", errors="replace")
-
-
-def _read_folder(folder: Path, split: str | None, name: str | None) -> Rows:
-    import datasets
-
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        return _read_dataset(datasets.load_from_disk(str(folder)), split, str(folder), key=str)
-    return _load_dataset(str(folder), split, name)
-
-
-def _read_hub(path: str, split: str | None, name: str | None) -> Rows:
-    try:
-        return _load_dataset(path, split, name)
-    except Exception as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        way_out = (
-            "HF_HUB_OFFLINE is set, so only data sets in the local cache can be used: unset it, or give a local file"
-            if offline
-            else "if the data set is gated, accept its terms on its page and set HF_TOKEN; or give a local file"
-        )
-        raise ValueError(
-            f"{path!r} is no file or folder here{_nearest(Path(path))}, and as a dataset of the Hugging Face hub it "
-            f"cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); {way_out}"
-        ) from error
-
-
-def _load_dataset(path: str, split: str | None, name: str | None) -> Rows:
-    import datasets
-
-    split = split or "train"
-    # A repository's own code is never run: datasets >= 4 cannot, and nothing here asks for it.
-    data = datasets.load_dataset(path, name, split=split)
-    return _read_dataset(data, None, f"{path} ({split})", key=lambda file: f"{split}:{file}")
-
-
-def _read_dataset(data: Any, split: str | None, label: str, *, key: Callable[[str], str] | None) -> Rows:
-    """Rows of a `datasets.Dataset`. With `key`, its Arrow files are hashed in place of its rows."""
-    if hasattr(data, "keys"):  # a DatasetDict
-        split = split or "train"
-        if split not in data:
-            raise ValueError(f"{label} has no split {split!r}; it has {', '.join(map(repr, data))}")
-        data, label = data[split], f"{label} ({split})"
-    elif split not in (None, "train"):
-        raise ValueError(f"{label} has no splits, so split={split!r} cannot be chosen")
-    if not hasattr(data, "cache_files"):
-        raise ValueError(f"{label}: a streamed data set has no fixed rows; load it without streaming")
-    files = [entry["filename"] for entry in data.cache_files]
-
-    def read() -> Iterator[Any]:
-        for table in data.with_format("arrow").iter(_CHUNK):
-            yield from table.to_pylist()
-
-    if key is None or not files:
-        return Rows(label, _hash_rows(read()), read)
-    hashes = [(key(Path(file).suffix), _hash_file(Path(file))) for file in files]
-    return Rows(label, _digest("arrow", len(data), *data.column_names, *hashes), read)
-
-
-def _in_memory(rows: list[Any], label: str) -> Rows:
-    return Rows(label, _hash_rows(rows), lambda: iter(rows))
-
-
-def _hash_rows(rows: Iterable[Any]) -> str:
-    state = hashlib.sha256()
-    for row in rows:
-        state.update(_to_json(row))
-        state.update(b"\n")
-    return state.hexdigest()
-
-
-def _hash_file(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _to_json(row: Any) -> bytes:
-    """One line of JSON. What JSON lacks (bytes, images, dates) becomes an object, so that no format takes it for text."""
-    return json.dumps(row, ensure_ascii=False, default=_plain).encode("utf-8", errors="surrogatepass")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
-    return {"type": type(value).__name__}
-
-
-# ---- what is prepared
 
 
 @dataclass(frozen=True)
@@ -361,7 +110,7 @@ class Prepared:
         index = self.index[np.asarray(places, np.int64)]
         fingerprint = self.fingerprint
         if not np.array_equal(index, self.index):
-            fingerprint = _digest(self.meta["fingerprint"], hashlib.sha256(index.tobytes()).hexdigest())
+            fingerprint = digest(self.meta["fingerprint"], hashlib.sha256(index.tobytes()).hexdigest())
         return replace(self, index=index, fingerprint=fingerprint)
 
 
@@ -375,8 +124,8 @@ def split_by_hash(prepared: Prepared, fraction: float) -> tuple[Prepared, Prepar
     held_out = np.asarray(prepared.arrays["prompt_hashes"])[prepared.index] < np.uint64(int(fraction * 2**64))
     if held_out.all() or not held_out.any():
         raise ValueError(
-            f"data.eval.fraction={fraction} puts {int(held_out.sum())} of {len(prepared)} pairs into the held-out part: "
-            "take another fraction, or give data.eval.path a file of its own"
+            f"data.eval.fraction={fraction} puts {int(held_out.sum())} of {len(prepared)} pairs into the held-out "
+            "part: take another fraction, or give data.eval.path a file of its own"
         )
     return prepared.select(np.flatnonzero(~held_out)), prepared.select(np.flatnonzero(held_out))
 
@@ -435,9 +184,11 @@ def prepare(
         on_long=on_long,
         chat_template=template_of(tokenizer, chat_template),
         tokenizer=_tokenizer_json(tokenizer),
-        special_tokens={key: str(value) for key, value in tokenizer.special_tokens_map.items() if key.endswith("_token")},
+        special_tokens={
+            key: str(token) for key, token in tokenizer.special_tokens_map.items() if key.endswith("_token")
+        },
     )
-    folder = _cache_root(cache_dir) / _digest(VERSION, rows.fingerprint, _versions(), task.key())
+    folder = _cache_root(cache_dir) / digest(VERSION, rows.fingerprint, _versions(), task.key())
     prepared = _open(folder, tokenizer)
     if prepared is None:
         prepared = _make(folder, rows, task, tokenizer, workers)
@@ -446,7 +197,8 @@ def prepare(
     if dropped_path is not None:
         listed = Path(dropped_path)
         listed.parent.mkdir(parents=True, exist_ok=True)
-        partial = listed.with_name(f"{listed.name}.{os.uname().nodename}-{os.getpid()}")  # processes may share the folder
+        # Written aside and renamed: several processes may share the run's folder.
+        partial = listed.with_name(f"{listed.name}.{os.uname().nodename}-{os.getpid()}")
         shutil.copyfile(folder / "dropped.jsonl", partial)
         partial.replace(listed)
     _check_dropped(prepared, rows.label, max_dropped_share, dropped_path or folder / "dropped.jsonl")
@@ -465,18 +217,16 @@ def _check_dropped(prepared: Prepared, label: str, allowed: float, listed: Any) 
     if total == 0:
         raise ValueError(f"{label} has no rows")
     if kept == 0 or dropped > allowed * total:
+        columns = ", ".join(prepared.meta["columns"])
+        verdict = f"more than max_dropped_share={allowed:g} allows" if kept else "so none is left"
         raise ValueError(
-            f"{label}: {dropped:,} of {total:,} rows ({dropped / total:.1%}) cannot be used, more than "
-            f"max_dropped_share={allowed:g} allows:\n{counts}\nEach is listed with its number in {listed}; the columns "
-            f"are {', '.join(prepared.meta['columns'])}. Repair the data, raise max_length "
-            f"({prepared.meta['max_length']}) if prompts are too long, name the format "
+            f"{label}: {dropped:,} of {total:,} rows ({dropped / total:.1%}) cannot be used, {verdict}:\n{counts}\n"
+            f"Each is listed with its number in {listed}; the columns are {columns}. Repair the "
+            f"data, raise max_length ({prepared.meta['max_length']}) if prompts are too long, name the format "
             f"({', '.join(FORMATS)}; it was {prepared.meta['format']}), or raise data.max_dropped_share."
         )
     if dropped:
         log.warning("%s: dropped %d of %d rows (listed in %s):\n%s", label, dropped, total, listed, counts)
-
-
-# ---- making it
 
 
 @dataclass(frozen=True)
@@ -492,7 +242,7 @@ class _Task:
     special_tokens: Mapping[str, str]
 
     def key(self) -> str:
-        return _digest(*(getattr(self, name) for name in self.__dataclass_fields__))
+        return digest(*(getattr(self, name) for name in self.__dataclass_fields__))
 
 
 @dataclass
@@ -524,7 +274,13 @@ def _versions() -> list[str]:
 def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxalign" / "data"
     root = Path(cache_dir).expanduser() if cache_dir is not None else default
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {root} cannot be made ({error.strerror}): give data.cache_dir a folder that can be "
+            "written"
+        ) from error
     return root
 
 
@@ -534,8 +290,7 @@ def _open(folder: Path, tokenizer: Any) -> Prepared | None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
             return None
-        mode = "r" if meta["kept"] else None  # an empty array cannot be mapped
-        arrays = {key: np.load(folder / f"{key}.npy", mmap_mode=mode, allow_pickle=False) for key in _ARRAYS}
+        arrays = {key: _load(folder / f"{key}.npy", mapped=meta["kept"] > 0) for key in _ARRAYS}
     except (OSError, ValueError, KeyError):
         return None
     pad_id = next(
@@ -544,6 +299,11 @@ def _open(folder: Path, tokenizer: Any) -> Prepared | None:
     )
     index = np.arange(meta["kept"], dtype=np.int64)
     return Prepared(folder, meta, meta["fingerprint"], pad_id, index, arrays)
+
+
+def _load(file: Path, *, mapped: bool) -> np.ndarray:
+    """An array, mapped unless it may be empty (which cannot be)."""
+    return np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
 
 
 def _make(folder: Path, rows: Rows, task: _Task, tokenizer: Any, workers: int | None) -> Prepared:
@@ -559,6 +319,8 @@ def _make(folder: Path, rows: Rows, task: _Task, tokenizer: Any, workers: int | 
         log.info("%s: tokenizing %d rows as %s", rows.label, total, chosen_format)
         starts = range(0, total, _CHUNK)
         if workers > 1:
+            # What is wrong with the template or the tokenizer itself shows here, as an error that names it.
+            _encode(_read_lines(work, text_offsets[: _TRIED + 1]), 0, task, tokenizer)
             _run_workers(work, task, workers, total)
         else:
             for start in starts:
@@ -617,7 +379,7 @@ def _write_texts(rows: Rows, work: Path, format: str) -> tuple[np.ndarray, str, 
             if format == "auto" and (found := detect(row)):
                 format = found
                 log.info("%s: the rows look like the format %s", rows.label, format)
-            offsets.append(offsets[-1] + out.write(_to_json(row) + b"\n"))
+            offsets.append(offsets[-1] + out.write(to_json(row) + b"\n"))
     if format == "auto":
         format = "pairs"  # no row told; its errors say what is missing
     text_offsets = np.asarray(offsets, np.int64)
@@ -644,6 +406,7 @@ def _run_workers(work: Path, task: _Task, workers: int, total: int) -> None:
             stdout=logs[n],
             stderr=subprocess.STDOUT,
             env=environment,
+            start_new_session=True,  # Ctrl-C is for the parent, which ends them
         )
         for n in range(workers)
     ]
@@ -687,10 +450,7 @@ def encode_worker(folder: str, worker: int, workers: int) -> None:
 def _encode_file(folder: Path, start: int, task: _Task, tokenizer: Any) -> None:
     """Encodes the chunk of rows from `start` of texts.jsonl into files beside it."""
     offsets = np.load(folder / "text_offsets.npy", mmap_mode="r")[start : start + _CHUNK + 1]
-    with open(folder / "texts.jsonl", "rb") as stream:
-        stream.seek(int(offsets[0]))
-        lines = stream.read(int(offsets[-1] - offsets[0])).splitlines()
-    chunk = _encode(lines, start, task, tokenizer)
+    chunk = _encode(_read_lines(folder, offsets), start, task, tokenizer)
     np.savez(
         folder / f"chunk-{start}.npz",
         tokens=np.fromiter(itertools.chain.from_iterable(chunk.tokens), np.int32),
@@ -701,6 +461,13 @@ def _encode_file(folder: Path, start: int, task: _Task, tokenizer: Any) -> None:
     )
     counts = {"dropped": chunk.dropped, "truncated": chunk.truncated, "unfinished": chunk.unfinished}
     (folder / f"chunk-{start}.json").write_text(json.dumps(counts))
+
+
+def _read_lines(folder: Path, offsets: np.ndarray) -> list[bytes]:
+    """The rows of texts.jsonl between these neighbouring offsets."""
+    with open(folder / "texts.jsonl", "rb") as stream:
+        stream.seek(int(offsets[0]))
+        return stream.read(int(offsets[-1] - offsets[0])).splitlines()
 
 
 def _encode(lines: Sequence[bytes], first_row: int, task: _Task, tokenizer: Any) -> _Chunk:
@@ -797,10 +564,9 @@ def _assemble(work: Path, starts: Iterable[int], text_offsets: np.ndarray) -> di
         with open(work / "tokens.bin", "rb") as stream:
             shutil.copyfileobj(stream, out, 1 << 22)
     np.save(work / "offsets.npy", offsets)
-    for key, values in joined.items():
-        np.save(work / f"{key}.npy", values)
-        if key == "prompt_lengths":
-            content.update(values.tobytes())
+    for key, array in joined.items():
+        np.save(work / f"{key}.npy", array)
+    content.update(joined["prompt_lengths"].tobytes())
     content.update(offsets.tobytes())
     for leftover in [*work.glob("chunk-*"), *work.glob("worker-*"), *work.glob("tokenizer-*"), work / "tokens.bin"]:
         leftover.unlink()

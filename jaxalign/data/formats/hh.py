@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxalign.data.formats.pairs import Example, Messages, RowError, check_dialogue, read_side
+from jaxalign.data.formats.pairs import Example, Messages, RowError, of_messages, read_side
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
@@ -28,7 +28,7 @@ def hh(row: Mapping[str, Any]) -> Example:
         raise RowError("wrong roles", f"the turns are {', '.join(roles)}")
     if not all(turn["content"] for turn in turns):
         raise RowError("a turn of the history is blank")
-    return check_dialogue(Example(chosen[:-1], chosen[-1:], rejected[-1:]))
+    return of_messages(chosen[:-1], chosen[-1:], rejected[-1:])
 
 
 def is_transcript(value: Any) -> bool:

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 Message = dict[str, Any]
 Messages = list[Message]
+Side = TypeVar("Side", str, Messages)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -34,8 +35,8 @@ class Example:
     rejected: str | Messages
 
 
-def extract_prompt(chosen: str | Messages, rejected: str | Messages) -> Example:
-    """Splits two whole dialogues into their common beginning and the two rests.
+def extract_prompt(chosen: Side, rejected: Side) -> tuple[Side, Side, Side]:
+    """Splits two whole dialogues into their common beginning and the two rests: (prompt, chosen, rejected).
 
     Messages: the common beginning is counted in messages. Text: in characters; a blank at the border goes to the
     responses. If one side is the beginning of the other, its last item stays out of the prompt. As TRL's
@@ -43,9 +44,9 @@ def extract_prompt(chosen: str | Messages, rejected: str | Messages) -> Example:
     """
     shortest = min(len(chosen), len(rejected))
     border = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest - 1)
-    if isinstance(chosen, str) and border > 0 and chosen[border - 1] == " ":
+    if border > 0 and chosen[border - 1] == " ":
         border -= 1
-    return Example(prompt=chosen[:border], chosen=chosen[border:], rejected=rejected[border:])
+    return chosen[:border], chosen[border:], rejected[border:]
 
 
 def pairs(row: Mapping[str, Any]) -> Example:
@@ -55,48 +56,51 @@ def pairs(row: Mapping[str, Any]) -> Example:
     the last user turn) or come without a prompt column. Raises RowError for everything else.
     """
     chosen, rejected = read_side(row, "chosen"), read_side(row, "rejected")
-    if type(chosen) is not type(rejected):
-        raise RowError("chosen and rejected are of different kinds", f"{_kind(chosen)} and {_kind(rejected)}")
     prompt = read_side(row, "prompt") if "prompt" in row else None
     if chosen == rejected:
         raise RowError("chosen and rejected are equal")
-    if isinstance(chosen, str):
-        if prompt is None:
-            example = extract_prompt(chosen, rejected)
-        elif isinstance(prompt, str):
-            example = Example(prompt, chosen, rejected)
-        else:
-            raise RowError("prompt and responses are of different kinds", "a list of messages and text")
-        if not example.prompt:
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _of_text(prompt, chosen, rejected)
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return of_messages(*_split_messages(prompt, chosen, rejected))
+    raise RowError("chosen and rejected are of different kinds", f"{_kind(chosen)} and {_kind(rejected)}")
+
+
+def _of_text(prompt: str | Messages | None, chosen: str, rejected: str) -> Example:
+    if prompt is None:
+        prompt, chosen, rejected = extract_prompt(chosen, rejected)
+        if not prompt:
             raise RowError("no common prompt", "chosen and rejected do not begin alike, and there is no prompt column")
-        for name, text in (("chosen", example.chosen), ("rejected", example.rejected)):
-            if not text.strip():
-                raise RowError(f"{name} is empty or blank", "nothing is left after the common beginning")
-        return example
-    return check_dialogue(_split_messages(prompt, chosen, rejected))
+    if not isinstance(prompt, str):
+        raise RowError("prompt and responses are of different kinds", "a list of messages and text")
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text.strip():
+            raise RowError(f"{name} is empty or blank", "nothing is left after the common beginning")
+    return Example(prompt, chosen, rejected)
 
 
-def _split_messages(prompt: str | Messages | None, chosen: Messages, rejected: Messages) -> Example:
+def _split_messages(
+    prompt: str | Messages | None, chosen: Messages, rejected: Messages
+) -> tuple[Messages, Messages, Messages]:
     """Finds the prompt of two lists of messages (see `pairs`)."""
     if prompt is None:
         return extract_prompt(chosen, rejected)
     if isinstance(prompt, str):
-        example = extract_prompt(chosen, rejected)
-        if example.prompt and example.prompt[-1]["role"] == "user" and example.prompt[-1]["content"] == prompt:
-            return example
+        shared, own_chosen, own_rejected = extract_prompt(chosen, rejected)
+        if shared and shared[-1]["role"] == "user" and shared[-1]["content"] == prompt:
+            return shared, own_chosen, own_rejected
         raise RowError(
             "prompt and responses are of different kinds",
             "the prompt is text and is not the last user turn that chosen and rejected share",
         )
     size = len(prompt)
     if len(chosen) > size and len(rejected) > size and chosen[:size] == prompt == rejected[:size]:
-        return Example(prompt, chosen[size:], rejected[size:])
-    return Example(prompt, chosen, rejected)
+        return prompt, chosen[size:], rejected[size:]
+    return prompt, chosen, rejected
 
 
-def check_dialogue(example: Example) -> Example:
-    """Returns the example of messages if a model can answer its prompt with either response, else raises RowError."""
-    prompt, chosen, rejected = example.prompt, example.chosen, example.rejected
+def of_messages(prompt: Messages, chosen: Messages, rejected: Messages) -> Example:
+    """The example of these messages if a model can answer the prompt with either response, else raises RowError."""
     if not prompt:
         raise RowError("no common prompt", f"chosen begins with {_roles(chosen)}, rejected with {_roles(rejected)}")
     roles = [message["role"] for message in prompt]
@@ -113,7 +117,7 @@ def check_dialogue(example: Example) -> Example:
             raise RowError(f"{name} is empty or blank")
     if chosen == rejected:
         raise RowError("chosen and rejected are equal")
-    return example
+    return Example(prompt, chosen, rejected)
 
 
 def read_side(row: Mapping[str, Any], name: str) -> str | Messages:

@@ -1,0 +1,110 @@
+"""`python -m jaxalign.preview`: counts that can be checked by hand, and no weights read."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxalign import preview as preview_lib
+from jaxalign.data.sources import prepare
+
+GOLDEN = Path(__file__).parent / "golden"
+POLICY = GOLDEN / "models" / "llama" / "policy"
+ROWS = [
+    {"prompt": f"cloud teach {i} ", "chosen": "glass " * (1 + i % 7) + "end", "rejected": "river " * (1 + i % 5)}
+    for i in range(12)
+]
+BAD = [{"prompt": "a", "chosen": None, "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "b"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(POLICY)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """A config whose model has a tokenizer and no weights."""
+    shutil.copytree(POLICY, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS + BAD))
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from jaxalign import config as c\n"
+        "def get_config(arg=None):\n"
+        "    config = c.base()\n"
+        "    config.steps, config.batch_size, config.max_length = 1, 4, 64\n"
+        f"    config.model.path = {str(tmp_path / 'model')!r}\n"
+        f"    config.data.path = {str(tmp_path / 'rows.jsonl')!r}\n"
+        f"    config.data.cache_dir = {str(tmp_path / 'cache')!r}\n"
+        "    config.data.eval.fraction = 0.4\n"
+        "    return config\n"
+    )
+    return file
+
+
+def test_the_report_counts_what_is_there(tokenizer, tmp_path):
+    prepared = prepare(ROWS + BAD, tokenizer=tokenizer, max_length=64, cache_dir=tmp_path, max_dropped_share=0.5)
+    report = preview_lib.preview(prepared, tokenizer, batch_size=4, buckets=(24, 64), rows=2)
+    assert (report["rows"], report["kept"], report["pairs"]) == (14, 12, 12)
+    assert report["dropped"] == {"chosen is None": 1, "chosen and rejected are equal": 1}
+    assert report["refused"] and report["dropped_share"] == pytest.approx(2 / 14, abs=1e-6)
+    assert [entry["row"] for entry in report["dropped_rows"]] == [12, 13]
+    assert json.loads(report["dropped_rows"][0]["text"]) == BAD[0]
+    lengths = np.asarray([[len(side) for side in prepared.pair(i)[:2]] for i in range(12)])
+    prompts = np.asarray([prepared.pair(i)[2] for i in range(12)])
+    assert report["scored_share"] == pytest.approx((lengths - prompts[:, None]).sum() / lengths.sum(), abs=1e-6)
+    assert report["lengths"]["prompt"]["100"] == prompts.max()
+    assert report["lengths"]["chosen"]["100"] == (lengths[:, 0] - prompts).max()
+    padded = sum(batch["share"] * 3 * batch["length"] * 8 for batch in report["batches"])
+    assert report["padding_share"] == pytest.approx(1 - lengths.sum() / padded, abs=1e-4)
+    example = report["examples"][1]
+    assert len(report["examples"]) == 2 and example["row"] == prepared.source_row(1)
+    ids = [token for part in ("prompt", "chosen") for token, _ in example[part]]
+    assert ids == prepared.pair(1)[0].tolist()
+    assert "".join(text for _, text in example["chosen"]).strip() == ROWS[1]["chosen"] + tokenizer.eos_token
+    json.dumps(report)
+
+
+def test_the_command_prints_json_and_reads_no_weights(config_file, capsys):
+    preview_lib.main(["preview", f"--config={config_file}", "--json", "--rows=1"])
+    reports = json.loads(capsys.readouterr().out)
+    assert list(reports) == ["train", "eval"]
+    assert reports["train"]["pairs"] + reports["eval"]["pairs"] == reports["train"]["kept"] == 12
+    assert reports["train"]["refused"] and len(reports["train"]["examples"]) == 1
+
+
+def test_the_command_shows_tokens_mask_and_dropped_rows(config_file, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    preview_lib.main(["preview", f"--config={config_file}", "--rows=1"])
+    shown = capsys.readouterr().out
+    assert "<|bos|>|" in shown and "tokens, not scored" in shown and "<|im_end|>" in shown
+    assert "left out: chosen is None" in shown and "too many: a run would refuse" in shown
+    assert "eval data" in shown
+
+
+def test_tokens_are_coloured_on_a_terminal(tokenizer, tmp_path):
+    from rich.console import Console
+
+    prepared = prepare(ROWS, tokenizer=tokenizer, max_length=64, cache_dir=tmp_path)
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system="standard", width=100)
+    preview_lib.show(preview_lib.preview(prepared, tokenizer, batch_size=4, rows=1), console)
+    assert "\x1b[30;42m" in out.getvalue()
+
+
+def test_a_piece_of_a_character_is_shown_by_its_name(tokenizer):
+    ids = tokenizer("é", add_special_tokens=False)["input_ids"]
+    shown = preview_lib._tokens(tokenizer, np.asarray(ids))
+    assert [token for token, _ in shown] == ids and not any("\ufffd" in text for _, text in shown)
+
+
+def test_data_that_cannot_be_read_ends_with_a_message(config_file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        preview_lib.main(["preview", f"--config={config_file}", f"--config.data.path={config_file.parent}/row.jsonl"])
+    assert stop.value.code == 1
+    assert "did you mean" in capsys.readouterr().err

@@ -4,6 +4,8 @@ Runs on one CPU host, whatever mesh wrote the checkpoint.
 """
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ def load_run(
     file = folder / "config.json"
     if not (folder / "checkpoints").is_dir() or not file.is_file():
         raise ValueError(f"{folder} is not the folder of a run: config.json and checkpoints/ are expected in it")
-    config = config_lib.load(str(file))
+    config = _read_config(file)
     cfg = build.model_config(config, path=config.model.path)
     place = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
     abstract = jax.tree.map(
@@ -41,6 +43,17 @@ def load_run(
     _, params, _ = checkpoint.restore_params(folder / "checkpoints", abstract, step)
     tokenizer, _ = build.load_tokenizer(config)
     return cfg, params, tokenizer
+
+
+def _read_config(file: Path) -> Any:
+    """A run's config. Rows that were handed over in Python have left no path in it."""
+    saved = json.loads(file.read_text())
+    named = saved["data"]["eval"]
+    return config_lib.validate(
+        saved,
+        has_dataset=saved["data"]["path"] is None,
+        has_eval_dataset=not (named["path"] or named["split"] or named["fraction"]),
+    )
 
 
 def export(run: str | Path, target: str | Path, *, step: str | int = "last", dtype: str = "source") -> Path:
@@ -61,9 +74,24 @@ def export(run: str | Path, target: str | Path, *, step: str | int = "last", dty
     )
 
 
+def in_subprocess(run: str | Path, target: str | Path, *, step: str | int = "last", dtype: str = "source") -> None:
+    """`export` in a process of its own on the CPU, which belongs to no group of processes.
+
+    Raises:
+      ValueError: it failed; the message has what it said.
+    """
+    ours = ("JAX_", "TPU_", "MEGASCALE_", "XLA_FLAGS")  # who the processes are, and which devices they see
+    environment = {name: x for name, x in os.environ.items() if not name.startswith(ours)}
+    command = [sys.executable, "-m", "jaxalign.export", str(run), str(target), f"--step={step}", f"--dtype={dtype}"]
+    done = subprocess.run(command, env={**environment, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"the export failed; again by hand: {' '.join(command[1:])}\n{done.stderr.strip()[-3000:]}")
+
+
 def _main(argv: list[str]) -> None:
     if len(argv) != 3:
         raise app.UsageError("two arguments: the run's folder and the folder to write")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no news
     try:
         print(export(argv[1], argv[2], step=flags.FLAGS.step, dtype=flags.FLAGS.dtype))
     except ValueError as error:

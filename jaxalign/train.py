@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +67,26 @@ def run(config: ConfigDict | Mapping[str, Any], dataset: Any = None, eval_datase
 
     Raises:
       ValueError: the config, the data or the model can't be used; nothing was compiled yet.
-      Preempted: SIGTERM or Ctrl-C; the state is saved.
+      Preempted: SIGTERM or Ctrl-C came; the state is saved. (During start-up, compilation, evaluation and export, where
+        the next step is far, the process saves and ends by itself with status 75.)
       diagnose.NonFinite: a loss or gradient was not finite; see the report that the message names.
+      RuntimeError: a checkpoint could not be written.
     """
     config = config_lib.validate(
         config, n_devices=jax.device_count(), has_dataset=dataset is not None, has_eval_dataset=eval_dataset is not None
     )
     use_compilation_cache(config.compilation_cache)
-    folder = open_folder(config)
-    data = build.load_data(config, folder / "dropped.jsonl", dataset, eval_dataset)
-    mesh = sharding.make_mesh(**config.mesh.to_dict())
-    with sharding.use_mesh(mesh), Stopper() as stopper, open_checkpoints(config, folder) as checkpoints:
-        pieces = build.Run(config, mesh, data)
-        training = Training(config, folder, pieces, stopper, checkpoints)
-        with training:
-            training.begin()
-            training.loop()
-            return training.finish()
+    folder = check_folder(config)
+    with Stopper() as stopper:
+        with stopper.during("start-up"):
+            data = build.load_data(config, folder / "dropped.jsonl", dataset, eval_dataset)
+        mesh = sharding.make_mesh(**config.mesh.to_dict())
+        with sharding.use_mesh(mesh), open_checkpoints(config, folder) as checkpoints:
+            pieces = build.Run(config, mesh, data)
+            with Training(config, folder, pieces, stopper, checkpoints) as training:
+                training.begin()
+                training.loop()
+                return training.finish()
 
 
 @dataclasses.dataclass
@@ -92,13 +95,14 @@ class Progress:
 
     step: int = 0
     num_tokens: int = 0
-    looked_at: int = -1  # the last step whose evaluation and samples are written
+    looked_at: int = -1  # the last step whose evaluation and completions are written
     first_eval: dict[str, float] = dataclasses.field(default_factory=dict)
     last_eval: dict[str, float] = dataclasses.field(default_factory=dict)
     last_train: dict[str, float] = dataclasses.field(default_factory=dict)
-    best: float | None = None
+    best: float | None = None  # of early_stopping.metric
     evals_since_best: int = 0
-    finished: bool = False
+    finished: bool = False  # the last step is done and looked at
+    file_sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # bytes of metrics.STEP_FILES
 
 
 class Training:
@@ -115,23 +119,32 @@ class Training:
         self.config, self.folder, self.run = config, folder, pieces
         self.stopper, self.checkpoints = stopper, checkpoints
         self.main = jax.process_index() == 0
-        self.progress = Progress()
         self.meta = {"config": json.loads(config_lib.to_json(config)), "data": pieces.data.fingerprint}
         self.compiled: set[int] = set()
         self.pending: tuple[int, metrics.Metrics, float] | None = None
-        self.resumed = False
+        self.tracing = False
+        self.clock = time.perf_counter()  # when the step before was fetched
+        check_metrics(config)
 
         restored = checkpoints.restore(pieces.state)
+        self.resumed = restored is not None
+        self.progress, self.former = Progress(), None
         if restored is not None:
-            self.resumed = True
-            self.state = restored.state
-            self.progress = Progress(**restored.meta["progress"])
             check_data(restored.meta["data"], self.meta["data"], force=config.resume == "force")
-        self.done = self.progress.finished and self.progress.step >= pieces.steps
+            self.state, self.former = restored.state, restored.meta["config"]
+            self.progress = Progress(**restored.meta["progress"])
+        p, steps = self.progress, pieces.steps
+        out_of_patience = config.early_stopping.metric and p.evals_since_best >= config.early_stopping.patience
+        self.done = p.step > steps or (p.finished and (p.step == steps or bool(out_of_patience)))
+        p.finished = self.done
         self.saved_at = time.monotonic()
 
     def __enter__(self) -> "Training":
         start = self.progress.step
+        if self.main:
+            keep_config(self.config, self.folder)
+            for name, size in self.progress.file_sizes.items():
+                cut(self.folder / name, size)
         self.bar = metrics.Progress(self.run.steps, start=start, active=self.main)
         self.writer = metrics.MetricsWriter(
             self.folder,
@@ -143,6 +156,8 @@ class Training:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if self.tracing:
+            jax.profiler.stop_trace()
         self.bar.__exit__(*error)
         self.writer.close()
 
@@ -152,21 +167,19 @@ class Training:
         """Scores the reference, makes or takes up the state, and looks at the model before the first step."""
         start, say = self.progress.step, self.bar.message
         if self.done:
-            say(
-                f"{self.folder} is finished: {start} steps are done. To train on: --config.steps={2 * start} (or more); "
-                "to begin anew: another --config.workdir"
-            )
+            say(finished(self.config, self.folder, start))
             return
         say(describe(self.config, self.run))
         if self.resumed:
             say(f"continuing after step {start} of {self.run.steps}")
-        with self.stopper.during("scoring of the reference", self.save_now if self.resumed else None):
+        with self.stopper.during("start-up"):
             self.run.score_reference(say)
+            if not self.resumed:
+                self.state = self.run.new_state()
+            self.run.release()
         if not self.resumed:
-            self.state = self.run.new_state()
-            if self.config.eval.at_start:
-                self.look(0)
-        elif self.progress.looked_at != start and self.is_due(start):
+            self.look(0)
+        elif self.is_look_due(start) and self.progress.looked_at != start:
             self.edge(start)  # the run was stopped between this step and its evaluation
 
     # ---- the loop
@@ -176,7 +189,7 @@ class Training:
         from jaxalign.data.batching import prefetch
 
         start, steps = self.progress.step, self.run.steps
-        if self.done:
+        if self.progress.finished:
             return
         self.clock = time.perf_counter()
         with contextlib.closing(prefetch(self.run.source, start, steps)) as batches:
@@ -187,7 +200,7 @@ class Training:
                     raise Preempted(f"stopped and saved after step {self.progress.step} of {steps}")
                 self.profile(n)
                 self.step(n, host_batch)
-                if self.is_due(n) or self.is_save_due(n):
+                if self.is_look_due(n) or self.is_save_due(n):
                     self.flush()
                     self.edge(n)
                     if self.progress.finished:
@@ -212,20 +225,18 @@ class Training:
         self.pending = n, found, flops
 
     def compile(self, length: int, batch: dict[str, jax.Array], ref_params: Any) -> None:
-        """Compiles the programs for rows of `length` where a stop request is heard meanwhile."""
+        """Compiles the programs for rows of `length` where a stop request is heard meanwhile; calls then find them."""
         began = time.perf_counter()
         batch = dict(batch)
-        with self.stopper.during("compilation", self.save_now):
+        with self.aside(), self.stopper.during("compilation", self.save_now):
             if ref_params is not None:
                 self.run.score.lower(ref_params, batch).compile()
                 batch["ref_logps"] = jax.ShapeDtypeStruct(
                     batch["tokens"].shape, np.float32, sharding=sharding.row_sharding(self.run.mesh)
                 )
             self.run.train_step.lower(self.state, None, batch).compile()
-        seconds = time.perf_counter() - began
         self.compiled.add(length)
-        self.clock += seconds
-        self.bar.message(f"compiled for rows of {length} tokens in {seconds:.1f} s")
+        self.bar.message(f"compiled for rows of {length} tokens in {time.perf_counter() - began:.1f} s")
 
     def flush(self) -> None:
         """Fetches the metrics of the pending step, checks them and writes its line."""
@@ -243,16 +254,17 @@ class Training:
             raise error
         if n == 1 and self.run.begins_at_reference:
             reference.check_start(values["ref_logps_difference/max"], compute_dtype=self.run.cfg.compute_dtype)
-        tokens, skipped = int(values.pop("num_tokens")), int(values.pop("skipped"))
-        self.progress.step = n
-        self.progress.num_tokens += tokens
-        values["learning_rate"] = float(self.run.schedule(n - 1 - skipped))
+        p, tokens, skipped = self.progress, int(values.pop("num_tokens")), int(values.pop("skipped"))
+        p.step = n
+        p.num_tokens += tokens
+        values["learning_rate"] = float(self.run.learning_rates[max(0, n - 1 - skipped)])  # a skipped step has none
         values["epoch"] = n * self.config.batch_size / len(self.run.data.train)
-        values["num_tokens"] = self.progress.num_tokens
+        values["num_tokens"] = p.num_tokens
         if self.config.optim.nonfinite == "skip":
             values["skipped_steps"] = skipped
-        self.progress.last_train = dict(values)
-        values |= {"time/step": seconds, "time/tokens_per_second": tokens / seconds}
+        first = ("loss", "grad_norm", "learning_rate", *(name for name in values if name.startswith("rewards/")))
+        p.last_train = {name: values[name] for name in dict.fromkeys((*first, *values))}
+        values = {**p.last_train, "time/step": seconds, "time/tokens_per_second": tokens / seconds}
         values["time/model_flops_per_second"] = flops / seconds
         kind, n_devices = self.run.mesh.devices.flat[0].device_kind, self.run.mesh.size
         if (share := metrics.mfu(flops, seconds, device_kind=kind, n_devices=n_devices)) is not None:
@@ -272,92 +284,114 @@ class Training:
         steps = self.config.log.profile_steps
         if steps and n == steps[0]:
             jax.profiler.start_trace(str(self.folder / "profile"))
-        if steps and n == steps[1] + 1:
+            self.tracing = True
+        if self.tracing and n == steps[1] + 1:
             self.flush()
             jax.profiler.stop_trace()
+            self.tracing = False
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done inside does not count as a step's time."""
+        began = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - began
 
     # ---- step edges
 
-    def is_due(self, n: int) -> bool:
-        """Whether the model is looked at after step n: evaluation, samples."""
-        every = (self.config.eval.every if self.run.data.held_out is not None else 0, self.config.samples.every)
-        return n == self.run.steps or any(step and n % step == 0 for step in every)
+    def is_look_due(self, n: int) -> bool:
+        """Whether the model is looked at after step n."""
+        return self.is_eval_due(n) or self.is_sample_due(n)
+
+    def is_eval_due(self, n: int) -> bool:
+        """Whether the held-out pairs are evaluated after step n."""
+        if self.run.data.held_out is None:
+            return False
+        return self.config.eval.at_start if n == 0 else is_due(n, self.config.eval.every, self.run.steps)
+
+    def is_sample_due(self, n: int) -> bool:
+        """Whether completions of the fixed prompts are made after step n."""
+        samples = self.config.samples
+        if not samples.prompts:
+            return False
+        if not samples.every and self.is_eval_due(n):
+            return True
+        return is_due(n, samples.every, self.run.steps)
 
     def is_save_due(self, n: int) -> bool:
         """Whether a checkpoint is due after step n for its own sake."""
-        config = self.config
-        if config.checkpoint.every and n % config.checkpoint.every == 0:
+        every, minutes = self.config.checkpoint.every, self.config.checkpoint.every_minutes
+        if is_due(n, every, self.run.steps):
             return True
-        if not config.checkpoint.every_minutes:
+        several = jax.process_count() > 1
+        if not minutes or (several and n % 10):
             return False
-        due = time.monotonic() - self.saved_at > 60 * config.checkpoint.every_minutes
-        if jax.process_count() > 1:  # clocks differ: the first process decides for all
+        due = time.monotonic() - self.saved_at > 60 * minutes
+        if several:  # clocks differ: the first process decides for all; being asked costs them a wait for the device
             from jax.experimental import multihost_utils
 
             due = bool(multihost_utils.broadcast_one_to_all(np.bool_(due)))
         return due
 
     def edge(self, n: int) -> None:
-        """Evaluates, samples and saves after step n, as far as they are due."""
-        found = self.look(n) if self.is_due(n) else {}
-        self.progress.finished = n == self.run.steps or self.out_of_patience()
-        best = self.config.checkpoint.best_metric
-        if best is not None and found and best not in found:
-            raise ValueError(f"checkpoint.best_metric={best!r} is none of the evaluation's {', '.join(sorted(found))}")
-        self.save(**{name: x for name, x in found.items() if name == best})
-        if self.progress.finished and n != self.run.steps:
-            stopping = self.config.early_stopping
-            self.bar.message(f"step {n}: {stopping.metric} has not improved in {stopping.patience} evaluations: stopping")
+        """Looks at the model after step n and saves it, as far as that is due."""
+        config = self.config.checkpoint
+        found = self.look(n) if self.is_look_due(n) else {}
+        if self.is_save_due(n) or self.progress.finished or (found and config.keep_best):
+            self.save(**{name: x for name, x in found.items() if name == config.best_metric})
 
     def look(self, n: int) -> dict[str, float]:
-        """Evaluation and completions of the fixed prompts after step n; a stop request in between saves first."""
-        config, found = self.config, {}
-        last = n == self.run.steps
+        """Evaluation and completions after step n, as far as they are due; a stop request meanwhile saves first.
+
+        What they find is written and remembered only when both are done, so that a run that was stopped here makes both
+        again.
+        """
         began = time.perf_counter()
-        with self.stopper.during("evaluation", self.save_now if n else None):
-            evaluating = self.run.data.held_out is not None
-            if evaluating and (n == 0 or last or (config.eval.every and n % config.eval.every == 0)):
-                examples = evals.collect(self.run.examples, self.state.params, self.run.eval_batches(self.state))
-                found = evals.summarize(examples, self.run.objective.total(examples))
-            every = config.samples.every or config.eval.every
-            sampling = config.samples.prompts and (n == 0 or last or (every and n % every == 0))
-            rows = evals.completions(self.run, self.state.params) if sampling else []
+        found: dict[str, float] = {}
+        rows: list[dict[str, Any]] = []
+        on_stop = self.save_now if n else None
+        with self.aside():
+            if self.is_eval_due(n):
+                with self.stopper.during("evaluation", on_stop):
+                    found = evals.evaluate(self.run, self.state)
+                    found["time/eval"] = time.perf_counter() - began
+            best, since = self.patience(found)
+            stopping = self.config.early_stopping
+            out_of_patience = stopping.metric is not None and since >= stopping.patience
+            if self.is_sample_due(n) or (self.config.samples.prompts and (n == 0 or out_of_patience)):
+                with self.stopper.during("generation", on_stop):
+                    rows = evals.completions(self.run, self.state.params)
         if found:
-            self.writer.write(n, {**found, "time/eval": time.perf_counter() - began})
-            self.note(n, found)
+            self.writer.write(n, found)
             self.bar.message(evals.line(n, found))
         self.writer.completions(n, rows)
-        self.progress.looked_at = n
-        if hasattr(self, "clock"):
-            self.clock += time.perf_counter() - began
-        return found
+        p = self.progress
+        p.best, p.evals_since_best = best, since
+        p.last_eval = {name: x for name, x in found.items() if not name.startswith("time/")} or p.last_eval
+        p.first_eval = p.first_eval if n else p.last_eval
+        p.looked_at, p.finished = n, n == self.run.steps or out_of_patience
+        if out_of_patience and n != self.run.steps:
+            self.bar.message(f"step {n}: {stopping.metric} has not improved in {since} evaluations: stopping")
+        return p.last_eval if found else {}
 
-    def note(self, n: int, found: dict[str, float]) -> None:
-        """Remembers an evaluation, and how long the early-stopping metric has not improved."""
+    def patience(self, found: Mapping[str, float]) -> tuple[float | None, int]:
+        """The best early-stopping metric and the evaluations since, with `found` taken into account."""
         p, stopping = self.progress, self.config.early_stopping
-        if n == 0:
-            p.first_eval = found
-        p.last_eval = found
-        if stopping.metric is None:
-            return
-        if stopping.metric not in found:
-            raise ValueError(f"early_stopping.metric={stopping.metric!r} is none of {', '.join(sorted(found))}")
-        sign = 1 if stopping.mode == "max" else -1
-        if p.best is None or sign * found[stopping.metric] > sign * p.best:
-            p.best, p.evals_since_best = found[stopping.metric], 0
-        elif n:
-            p.evals_since_best += 1
-
-    def out_of_patience(self) -> bool:
-        """Whether early stopping ends the run."""
-        stopping = self.config.early_stopping
-        return stopping.metric is not None and self.progress.evals_since_best >= stopping.patience
+        if stopping.metric is None or not found:
+            return p.best, p.evals_since_best
+        value, sign = found[stopping.metric], 1 if stopping.mode == "max" else -1
+        if p.best is None or sign * value > sign * p.best:
+            return value, 0
+        return p.best, p.evals_since_best + 1
 
     def save(self, **eval_metrics: float) -> None:
         """Begins to save the state after `progress.step`; one that was saved unlooked-at is saved anew."""
-        step = self.progress.step
-        record = {**self.meta, "progress": dataclasses.asdict(self.progress)}
-        self.checkpoints.save(step, self.state, record, metrics=eval_metrics, force=step in self.checkpoints.steps())
+        p = self.progress
+        p.file_sizes = {name: (self.folder / name).stat().st_size for name in metrics.STEP_FILES} if self.main else {}
+        record = {**self.meta, "progress": dataclasses.asdict(p)}
+        with self.aside():
+            force = p.step in self.checkpoints.steps()
+            self.checkpoints.save(p.step, self.state, record, metrics=eval_metrics, force=force)
         self.saved_at = time.monotonic()
 
     def save_now(self) -> None:
@@ -370,15 +404,8 @@ class Training:
 
     def finish(self) -> Result:
         """Waits for the last checkpoint, exports, draws, and says what came out."""
-        from jaxalign import export
-
         self.checkpoints.wait()
-        target, config = None, self.config
-        if config.export.enabled:
-            target = self.folder / EXPORT
-            if not (self.done and target.exists()):
-                with self.stopper.during("export"):
-                    export.export(self.folder, target, step=config.export.step, dtype=config.export.dtype)
+        target = self.export() if self.config.export.enabled else None
         p = self.progress
         before = {f"before_{name}": x for name, x in p.first_eval.items()}
         result = Result(self.folder, {**p.last_train, **before, **p.last_eval}, target)
@@ -388,13 +415,30 @@ class Training:
             self.bar.message(f"curves {picture}\nmodel  {target or 'not exported (export.enabled is false)'}")
         return result
 
+    def export(self) -> Path:
+        """Writes the Hugging Face folder, unless this finished run has it already."""
+        from jaxalign import export
+
+        target, wanted = self.folder / EXPORT, self.meta["config"]["export"]
+        if self.done and target.exists() and self.former["export"] == wanted:
+            return target
+        with self.stopper.during("export"):
+            if jax.process_count() == 1:
+                return export.export(self.folder, target, step=wanted["step"], dtype=wanted["dtype"])
+            from jax.experimental import multihost_utils
+
+            try:  # a checkpoint is read by a process of its own, because reading is a collective in these
+                if self.main:
+                    export.in_subprocess(self.folder, target, step=wanted["step"], dtype=wanted["dtype"])
+            finally:
+                multihost_utils.sync_global_devices("jaxalign:export")
+        return target
+
     def samples(self) -> list[tuple[str, str, str]]:
         """(prompt, completion before, completion after) of the fixed prompts."""
         rows = metrics.read_completions(self.folder)
-        steps = [row["step"] for row in rows]
-        first = [row for row in rows if row["step"] == min(steps)]
-        last = [row for row in rows if row["step"] == max(steps)]
-        return [(a["prompt"], a["completion"], b["completion"]) for a, b in zip(first, last, strict=True)]
+        first, last = ({r["prompt"]: r["completion"] for r in rows if r["step"] == n} for n in ends(rows))
+        return [(prompt, first.get(prompt, ""), after) for prompt, after in last.items()]
 
 
 def describe(config: ConfigDict, run: build.Run) -> str:
@@ -408,8 +452,36 @@ def describe(config: ConfigDict, run: build.Run) -> str:
     )
 
 
-def open_folder(config: ConfigDict) -> Path:
-    """The run's folder, with its config.json; a run that is already there must be the same one.
+def finished(config: ConfigDict, folder: Path, step: int) -> str:
+    """What to say of a run that has nothing left to do."""
+    more = f"--config.steps={2 * step}" if config.steps else f"--config.epochs={2 * config.epochs:g}"
+    if config.early_stopping.metric:
+        more += f" and --config.early_stopping.patience={2 * config.early_stopping.patience}"
+    return (
+        f"{folder} is finished: {step} steps are done. To train on: {more} (or more); to begin anew: another "
+        "--config.workdir"
+    )
+
+
+def is_due(n: int, every: int, steps: int) -> bool:
+    """Whether what happens `every` steps (0: never) and at the end is due after step n."""
+    return n == steps or (every > 0 and n % every == 0)
+
+
+def ends(rows: list[dict[str, Any]]) -> tuple[int, int]:
+    """The first and the last step that rows belong to."""
+    steps = [row["step"] for row in rows] or [0]
+    return min(steps), max(steps)
+
+
+def cut(file: Path, size: int) -> None:
+    """Takes away what was written to a file after it had `size` bytes."""
+    if file.exists() and file.stat().st_size > size:
+        os.truncate(file, size)
+
+
+def check_folder(config: ConfigDict) -> Path:
+    """The run's folder; a run that is already there must be the same one.
 
     Raises:
       ValueError: another run is there, or `resume=never` and one is there.
@@ -419,14 +491,28 @@ def open_folder(config: ConfigDict) -> Path:
     if file.exists():
         if config.resume == "never":
             raise ValueError(f"{folder} holds a run already and resume is never: take another workdir")
-        for name, old, new in config_lib.check_resume(json.loads(file.read_text()), config):
-            log.warning("resuming with %s changed: %r -> %r", name, old, new)
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(config_lib.to_json(config))
-        os.replace(temporary, file)
+        if checkpoint.list_steps(folder / CHECKPOINTS):  # else nothing would be continued
+            for name, old, new in config_lib.check_resume(json.loads(file.read_text()), config):
+                log.warning("resuming with %s changed: %r -> %r", name, old, new)
     return folder
+
+
+def keep_config(config: ConfigDict, folder: Path) -> None:
+    """Writes the run's config.json, when all that could be wrong with it was found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{CONFIG_FILE}.tmp"
+    temporary.write_text(config_lib.to_json(config))
+    os.replace(temporary, folder / CONFIG_FILE)
+
+
+def check_metrics(config: ConfigDict) -> None:
+    """Raises ValueError if a metric that decides something is none of the evaluation's."""
+    for key, name in (
+        ("early_stopping.metric", config.early_stopping.metric),
+        ("checkpoint.best_metric", config.checkpoint.best_metric),
+    ):
+        if name is not None and name not in evals.names():
+            raise ValueError(f"{key} is {name!r}, expected one of {', '.join(evals.names())}")
 
 
 def open_checkpoints(config: ConfigDict, folder: Path) -> checkpoint.Checkpoints:
@@ -450,13 +536,16 @@ def check_data(old: Mapping[str, Any], new: Mapping[str, Any], *, force: bool) -
 
 
 def use_compilation_cache(setting: str) -> None:
-    """Turns JAX's compilation cache on, in a folder that only the user can read (programs are run from it)."""
-    if setting == "none":
-        return
+    """Turns JAX's compilation cache on, in a folder that only the user can read (programs are run from it), or off."""
+    from jax.experimental.compilation_cache import compilation_cache
+
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxalign" / "compiled"
-    folder = default if setting == "auto" else Path(setting).expanduser()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    folder = None if setting == "none" else default if setting == "auto" else Path(setting).expanduser()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if jax.config.jax_compilation_cache_dir != (folder and str(folder)):
+        compilation_cache.reset_cache()  # a folder that was used before in this process would stay
+        jax.config.update("jax_compilation_cache_dir", folder and str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -464,6 +553,7 @@ def use_compilation_cache(setting: str) -> None:
 def connect() -> None:
     """Joins the other processes where the environment says that there are any."""
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # no other device looks at it
         jax.distributed.initialize(
             num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
         )
@@ -471,14 +561,29 @@ def connect() -> None:
         jax.distributed.initialize()
 
 
-def main() -> None:
-    """The command. Exit status 0 only when the last step is done; 75: stopped and saved; 1 or 2: an error."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+class _Lines(logging.Handler):
+    """Log lines to whatever sys.stderr is at the time: while the progress bar is on, that is above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def quiet() -> None:
+    """Plain log lines of ours; of the libraries only what went wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Lines()])
     for name in ("absl", "jax", "orbax", "grain"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no news
+
+
+def main() -> None:
+    """The command. Exit status 0 only when the last step is done; 75: stopped and saved; 1 or 2: an error."""
     config = config_lib.parse()
+    quiet()
     try:
         connect()
+        if jax.process_index():
+            logging.getLogger().setLevel(logging.WARNING)  # the first process speaks for all
         run(config)
     except Preempted as stopped:
         print(f"{stopped}; the same command continues", file=sys.stderr)

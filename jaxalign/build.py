@@ -45,7 +45,7 @@ class Data:
     @property
     def fingerprint(self) -> dict[str, str | None]:
         """What a resumed run must find unchanged."""
-        return {"train": self.train.fingerprint, "eval": self.held_out and self.held_out.fingerprint}
+        return {"train": self.train.fingerprint, "eval": None if self.held_out is None else self.held_out.fingerprint}
 
 
 def load_tokenizer(config: ConfigDict) -> tuple[Any, str]:
@@ -200,15 +200,13 @@ class Run:
             return step_lib.init_state(params, tx)
 
         abstract = jax.eval_shape(new_state, params)
-        shardings = step_lib.TrainState(
+        shardings = abstract._replace(
             step=whole,
             params=self._shardings,
             opt_state=optim.state_shardings(tx, params),
             aux={name: self._shardings if name == "reference" else whole for name in abstract.aux},
         )
-        self.state = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-        )
+        self.state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
         self._new_state = jax.jit(new_state, donate_argnums=0, out_shardings=shardings)
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
         self.score = jax.jit(
@@ -303,13 +301,14 @@ class Run:
             if self.sync is None:
                 self._eval_reference = self._cached(self._eval_data, self.eval_pairs, "evaluation", say)
 
+    def reference_file(self, prepared: sources.Prepared) -> Path:
+        """Where the reference's log-probs of these pairs are kept: beside the tokenized rows."""
+        folder = self.data.train.folder.parent
+        return reference.cache_file(folder, model=self._reference_identity(), prepared=prepared, cfg=self.ref_cfg)
+
     def _cached(
         self, prepared: sources.Prepared, pairs: int, what: str, say: Callable[[str], None]
     ) -> reference.Cached:
-        path = reference.cache_file(
-            self.data.train.folder.parent, model=self._reference_identity(), prepared=prepared, cfg=self.ref_cfg
-        )
-
         def tell(done: int, total: int) -> None:
             if done == 0:
                 say(f"no cached reference log-probs fit model, data, template and length: scoring the {what} rows")
@@ -317,7 +316,7 @@ class Run:
                 say(f"reference log-probs of the {what} rows: {done}/{total} batches")
 
         return reference.cached(
-            path,
+            self.reference_file(prepared),
             prepared,
             self._score_once,
             lambda: self.reference_params,
@@ -338,9 +337,7 @@ class Run:
         """The fixed evaluation pairs on the mesh, with ref_logps. After `score_reference`."""
         n_rows = 2 * self.eval_pairs
         rows = sharding.process_rows(self.mesh, n_rows)
-        batches = batching.EvalBatches(
-            self._eval_data, batch_size=self.eval_pairs, buckets=self._buckets, rows=rows
-        )
+        batches = batching.EvalBatches(self._eval_data, batch_size=self.eval_pairs, buckets=self._buckets, rows=rows)
         for n in range(len(batches)):
             batch = batches[n]
             if self.sync is None:

@@ -18,8 +18,8 @@ class NonFinite(RuntimeError):
 def report(run: Any, state: Any, n: int, values: dict[str, float], folder: Path) -> NonFinite:
     """Writes `<folder>/nonfinite/step_<n>.json` about the batch of step n, and returns the error to raise.
 
-    The report holds the loss, rewards and log-probs of each pair with its row number and text, and the gradient's norm in
-    each weight, for stacked ones in each layer: computed anew from the state before the step, which is unchanged.
+    The report holds the loss, rewards and log-probs of each pair with its row number and text, and the gradient's norm
+    in each weight, for stacked ones in each layer: computed anew from the state before the step, which is unchanged.
 
     Args:
       run: the `build.Run`.
@@ -53,10 +53,10 @@ def report(run: Any, state: Any, n: int, values: dict[str, float], folder: Path)
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
     bad = [row["row"] for row in rows if isinstance(row["loss"], str)]
     return NonFinite(
-        f"step {n}: loss {values['loss']}, gradient norm {values['grad_norm']}. No weight was changed; the state after step "
-        f"{n - 1} is saved. {path} has each row's loss and text and the gradient's norm in each layer"
-        f"{f' (rows with a bad loss: {bad})' if bad else ''}. Lower optim.learning_rate or optim.max_grad_norm, take the "
-        "rows out, or pass over such batches by --config.optim.nonfinite=skip --resume=force"
+        f"step {n}: loss {values['loss']}, gradient norm {values['grad_norm']}. No weight was changed; the state after "
+        f"step {n - 1} is saved. {path} has each row's loss and text and the gradient's norm in each layer"
+        f"{f' (rows with a bad loss: {bad})' if bad else ''}. Lower optim.learning_rate or optim.max_grad_norm, take "
+        "the rows out, or pass over such batches by --config.optim.nonfinite=skip --resume=force"
     )
 
 

@@ -39,9 +39,9 @@ _VALUES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected
 def summarize(examples: Mapping[str, np.ndarray], loss: float) -> dict[str, float]:
     """Evaluation metrics under TRL's names, with what tells chance from progress.
 
-    `eval_rewards/margins_se` is the margin's standard error over pairs; `eval_rewards/accuracies_low` and `_high` bound the
-    accuracy with 95% (Wilson). `eval_logps/accuracies` is how often the chosen response is the likelier one, without a
-    reference; it has bounds too.
+    `eval_rewards/margins_se` is the margin's standard error over pairs; `eval_rewards/accuracies_low` and `_high` bound
+    the accuracy with 95% (Wilson). `eval_logps/accuracies` is how often the chosen response is the likelier one,
+    without a reference; it has bounds too.
     """
     margins = examples["rewards/chosen"] - examples["rewards/rejected"]
     mean, error = metrics.mean_se(margins)
@@ -123,7 +123,7 @@ def summary(before: Mapping[str, float], after: Mapping[str, float], samples: Se
             f"  {_accuracy(after, 'rewards')} after (95% interval): how often the chosen answer has the larger reward",
         ]
         if before:
-            lines.append(f"  {_accuracy(before, 'logps')} before: how often it is the likelier one, without a reference")
+            lines.append(f"  {_accuracy(before, 'logps')} before: how often it was the likelier one, no reference")
     return "\n".join(lines)
 
 

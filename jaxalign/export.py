@@ -102,7 +102,7 @@ def _main(argv: list[str]) -> None:
 def main() -> None:
     """The command."""
     flags.DEFINE_string("step", "last", "Checkpoint: last, best or a step number.")
-    flags.DEFINE_enum("dtype", "source", ("source", *hf.DTYPES), "dtype of the tensors; source: of the first checkpoint.")
+    flags.DEFINE_enum("dtype", "source", ("source", *hf.DTYPES), "dtype of the tensors; source: its origin's.")
     app.run(_main)
 
 

@@ -116,8 +116,10 @@ class Pairwise:
             options = {key: x for key, x in self.options if key in preference.options}
             if preference.takes_tokens:
                 options |= {"chosen_tokens": chosen_tokens, "rejected_tokens": rejected_tokens}
-            values, rewards = preference.function(policy_chosen, policy_rejected, ref_chosen, ref_rejected, **options)
-            total += weight * values
+            pair_losses, rewards = preference.function(
+                policy_chosen, policy_rejected, ref_chosen, ref_rejected, **options
+            )
+            total += weight * pair_losses
         if not rewards:  # "sft" alone: TRL still logs the implicit rewards
             beta = dict(self.options).get("beta", losses.LOSSES["sigmoid"].options["beta"])
             _, rewards = losses.dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=beta)

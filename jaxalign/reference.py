@@ -72,7 +72,7 @@ class Cached:
 
     Attributes:
       prepared: the data set.
-      logps: flat float32, the rows' tokens one after another (chosen, rejected, chosen, ...); 0 where nothing is scored.
+      logps: flat float32, the rows' tokens one after another (chosen, rejected, chosen, ...); 0 where none is scored.
     """
 
     def __init__(self, prepared: Prepared, logps: np.ndarray):

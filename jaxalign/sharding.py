@@ -99,7 +99,7 @@ def fit(size: int, axes: str | Sequence[str] | None, mesh: Any = None) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str | Sequence[str] | None) -> jax.Array:
-    """Tells the partitioner how an activation lies; a dimension that does not divide stays whole. Values never change."""
+    """Tells the partitioner how an activation lies; a dimension that does not divide stays whole. Values stay."""
     mesh = current_mesh()
     if mesh is None:
         return x

@@ -73,18 +73,22 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         loss, metrics, gradients = gradients_of(state.params, frozen, batch, state.aux)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        if max_grad_norm is not None:
-            # As torch's clip_grad_norm_: its 1e-6 in the denominator is part of the published numbers.
-            scale = jnp.minimum(1.0, max_grad_norm / (grad_norm + 1e-6))
+        # As torch's clip_grad_norm_: its 1e-6 in the denominator is part of the published numbers.
+        scale = 1.0 if max_grad_norm is None else jnp.minimum(1.0, max_grad_norm / (grad_norm + 1e-6))
+
+        def update(gradients: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
             gradients = jax.tree.map(lambda g: g * scale, gradients)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+            updates, opt_state = tx.update(gradients, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
 
         go = finite & ~state.aux["halted"]
-        keep = lambda new, old: jnp.where(go, new, old)  # noqa: E731
-        params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
+        # A branch and not a choice between results: a choice keeps old and new state side by side, half of a small
+        # model's memory (2.4 against 1.8 GB of temporaries for SmolLM2 at 1,024 tokens).
+        params, opt_state = jax.lax.cond(
+            go, update, lambda _, opt_state, params: (params, opt_state), gradients, state.opt_state, state.params
+        )
         stop = nonfinite == "stop"
         aux = {
             **state.aux,

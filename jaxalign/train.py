@@ -128,7 +128,7 @@ class Training:
 
         restored = checkpoints.restore(pieces.state)
         self.resumed = restored is not None
-        self.progress, self.former = Progress(), None
+        self.progress, self.former = Progress(), self.meta["config"]
         if restored is not None:
             check_data(restored.meta["data"], self.meta["data"], force=config.resume == "force")
             self.state, self.former = restored.state, restored.meta["config"]
@@ -224,7 +224,7 @@ class Training:
         self.flush()
         self.pending = n, found, flops
 
-    def compile(self, length: int, batch: dict[str, jax.Array], ref_params: Any) -> None:
+    def compile(self, length: int, batch: Mapping[str, Any], ref_params: Any) -> None:
         """Compiles the programs for rows of `length` where a stop request is heard meanwhile; calls then find them."""
         began = time.perf_counter()
         batch = dict(batch)
@@ -531,7 +531,7 @@ def check_data(old: Mapping[str, Any], new: Mapping[str, Any], *, force: bool) -
     if old["train"] != new["train"] and not force:
         raise ValueError(
             f"the training rows (or their template, tokenizer or lengths) changed: fingerprint {old['train']} -> "
-            f"{new['train']}. Take another workdir, bring the old rows back, or go on with the new ones by --resume=force"
+            f"{new['train']}. Take another workdir, bring the old rows back, or go on with the new by --resume=force"
         )
 
 
@@ -543,10 +543,9 @@ def use_compilation_cache(setting: str) -> None:
     folder = None if setting == "none" else default if setting == "auto" else Path(setting).expanduser()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if jax.config.jax_compilation_cache_dir != (folder and str(folder)):
-        compilation_cache.reset_cache()  # a folder that was used before in this process would stay
-        jax.config.update("jax_compilation_cache_dir", folder and str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    compilation_cache.reset_cache()  # or the folder of an earlier run in this process would stay
+    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a hundred small ones take seconds too
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 

@@ -3,7 +3,10 @@
     python scripts/benchmark_dpo.py --trl-python=TRL_VENV/bin/python --tunix-python=TUNIX_VENV/bin/python
 
 Each system is one worker process that loads the model, then takes one training step whenever it is asked to, so rounds
-alternate (A B C A B C ...) and whatever else the machine does hits all of them alike. What a step is, for all three:
+alternate (A B C A B C ...) and a slow drift of the machine hits all alike. Other processes do not: torch's threads wait
+for each other after every operation, so that on a busy machine TRL was seen to lose several times as much as the JAX
+systems. The script therefore measures what CPU time others took during each step, and fails if it was more than a
+little: ratios from a busy machine are worth nothing. What a step is, for all three:
 2 pairs of 256 tokens a side (4 rows, 1,024 tokens), the last 128 tokens of a row are the completion, no padding,
 float32, sigmoid DPO with beta 0.1, the reference scored live, gradients clipped to norm 1, AdamW at 1e-6 without decay,
 on the same CPU cores. TRL and Tunix run their own trainers (their `train()`), jaxalign the functions of its own step as
@@ -46,6 +49,8 @@ BETA, LEARNING_RATE, CLIP = 0.1, 1e-6, 1.0
 FIRST_LOSS_TOLERANCE = 1e-4
 # Adam divides by the gradient's own size, so rounding differences of tiny gradients move whole updates.
 LOSS_TOLERANCE = 2e-3
+# Share of all cores that other processes may take during the median measured step.
+FOREIGN_CPU_LIMIT = 0.05
 SYSTEMS = ("jaxalign", "trl", "tunix")
 
 
@@ -265,6 +270,15 @@ def status_bytes(pid: int, field: str) -> int:
     raise RuntimeError(f"process {pid} has no {field} in its /proc status; it has probably ended")
 
 
+def cpu_seconds(pid: int) -> tuple[float, float]:
+    """CPU seconds so far: of the whole machine (all but idle and waiting for disks), and of one process."""
+    tick = os.sysconf("SC_CLK_TCK")
+    # user, nice, system, idle, iowait, irq, softirq, steal
+    machine = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    own = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (sum(machine) - machine[3] - machine[4]) / tick, (int(own[11]) + int(own[12])) / tick
+
+
 class Worker:
     """One system: a process, its log file, and what its steps took."""
 
@@ -272,6 +286,8 @@ class Worker:
         self.name, self.log = name, log
         self.seconds: list[float] = []
         self.losses: list[float] = []
+        self.cpu_seconds: list[float] = []
+        self.foreign_cpu: list[float] = []  # share of all cores that other processes had during the step
         self.step_peak = 0
         with log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -295,9 +311,14 @@ class Worker:
 
     def step(self) -> None:
         assert self.process.stdin is not None
+        start, (machine, own) = time.perf_counter(), cpu_seconds(self.process.pid)
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
         reply = self._reply()
+        elapsed, (machine_end, own_end) = time.perf_counter() - start, cpu_seconds(self.process.pid)
+        self.cpu_seconds.append(own_end - own)
+        others = (machine_end - machine) - (own_end - own)
+        self.foreign_cpu.append(max(0.0, others / elapsed / (os.cpu_count() or 1)))
         self.seconds.append(reply["seconds"])
         self.losses.append(reply["loss"])
 
@@ -313,6 +334,8 @@ def summarize(worker: Worker, warmup: int) -> dict[str, Any]:
         "step_seconds": seconds,
         "step_seconds_all": worker.seconds,
         "tokens_per_second": TOKENS / seconds,
+        "cpu_seconds_all": worker.cpu_seconds,
+        "foreign_cpu": statistics.median(worker.foreign_cpu[warmup:]),
         "peak_bytes": status_bytes(worker.process.pid, "VmHWM"),
         "step_peak_bytes": worker.step_peak,
         "losses": worker.losses,
@@ -345,12 +368,24 @@ def check_losses(results: dict[str, dict[str, Any]]) -> list[str]:
     return problems
 
 
+def check_quiet(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What says that the machine was busy with other things, in words; empty when the times can be compared."""
+    return [
+        f"{name}: other processes took {result['foreign_cpu']:.0%} of the CPU during its steps (limit "
+        f"{FOREIGN_CPU_LIMIT:.0%}): its times, and the speed ratios, can't be used; stop them and measure again"
+        for name, result in results.items()
+        if result["foreign_cpu"] > FOREIGN_CPU_LIMIT
+    ]
+
+
 def print_table(results: dict[str, dict[str, Any]]) -> None:
-    print(f"\n{'':10}{'s/step':>8}{'tokens/s':>10}{'peak GB':>9}{'step peak':>11}{'first loss':>12}{'last loss':>11}")
+    columns = f"{'s/step':>8}{'tokens/s':>10}{'others':>8}{'peak GB':>9}{'step peak':>11}"
+    print(f"\n{'':10}{columns}{'first loss':>12}{'last loss':>11}")
     for name, r in results.items():
         print(
-            f"{name:10}{r['step_seconds']:8.2f}{r['tokens_per_second']:10.1f}{r['peak_bytes'] / 1e9:9.2f}"
-            f"{r['step_peak_bytes'] / 1e9:11.2f}{r['losses'][0]:12.6f}{r['losses'][-1]:11.6f}"
+            f"{name:10}{r['step_seconds']:8.2f}{r['tokens_per_second']:10.1f}{r['foreign_cpu']:8.0%}"
+            f"{r['peak_bytes'] / 1e9:9.2f}{r['step_peak_bytes'] / 1e9:11.2f}"
+            f"{r['losses'][0]:12.6f}{r['losses'][-1]:11.6f}"
         )
 
 
@@ -427,14 +462,14 @@ def main() -> None:
     print_table(results)
     ratios = {}
     if "jaxalign" in results:
-        for name in results.keys() - {"jaxalign"}:
+        for name in [name for name in results if name != "jaxalign"]:
             ratios[name] = r = compare(results["jaxalign"], results[name], args.warmup)
             print(
                 f"jaxalign / {name}: {r['speed']:.2f}x the speed (rounds {r['speed_lowest']:.2f} to "
                 f"{r['speed_highest']:.2f}), {r['peak_memory']:.2f}x the peak memory "
                 f"({r['step_peak_memory']:.2f}x during steps)"
             )
-    problems = check_losses(results)
+    problems = check_losses(results) + check_quiet(results)
     if args.json:
         args.json.write_text(
             json.dumps({"threads": args.threads, "systems": results, "ratios": ratios, "problems": problems}, indent=2)

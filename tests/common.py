@@ -38,7 +38,7 @@ def model(family: str, role: str = "policy") -> tuple[Any, Any]:
 def case(family: str, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(JSON, arrays) of a golden case."""
     stem = GOLDEN / "cases" / family / name
-    arrays = dict(np.load(f"{stem}.npz")) if stem.with_suffix(".npz").exists() else {}
+    arrays = dict(np.load(f"{stem}.npz")) if Path(f"{stem}.npz").exists() else {}
     return json.loads(Path(f"{stem}.json").read_text()), arrays
 
 

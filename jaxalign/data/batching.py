@@ -4,7 +4,7 @@ Letters: R rows of the global batch, two a pair (2i chosen, 2i + 1 rejected); T 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,7 @@ def make_batch(prepared: Prepared, pairs: np.ndarray, length: int, rows: np.ndar
 
 def prefetch(
     source: Callable[..., Batch], start: int, stop: int, *, view: Any = None, depth: int = 2
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """source(start), ..., source(stop - 1), made in other threads up to `depth` batches ahead.
 
     An error in the source is raised where the consumer takes that batch. Closing the iterator (or letting it go) ends

@@ -92,7 +92,8 @@ def apply(
     Returns:
       Hidden states [R, T, D] in cfg.compute_dtype, and the extended cache (None without one).
     """
-    return Decoder(cfg).apply({"params": params}, tokens_RT, positions_RT, segment_ids_RT, cache)
+    out: Any = Decoder(cfg).apply({"params": params}, tokens_RT, positions_RT, segment_ids_RT, cache)
+    return out
 
 
 def head_table(cfg: ModelConfig, params: Params) -> jax.Array:

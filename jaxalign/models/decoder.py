@@ -42,7 +42,7 @@ class Declared(nn.Partitioned):
 
 
 def _declare(module: nn.Module, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
-    def boxed(key: jax.Array) -> Declared:
+    def boxed(key: jax.Array) -> Any:
         return Declared(init(key, shape, jnp.float32), names=axes)
 
     return module.param(name, boxed)
@@ -73,7 +73,10 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(self.stddev)
         kernel = _declare(self, "kernel", init, (x.shape[-1], self.features), self.axes)
-        y = x @ kernel.astype(x.dtype)
+        # As a product of two matrices its backward pass is two more; with three dimensions XLA's CPU backend transposes
+        # copies (a quarter of a layer's time). Time that is split over devices has to stay a dimension of its own.
+        flat = x if sharding.axis_size("sequence") > 1 else x.reshape(-1, x.shape[-1])
+        y = (flat @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], self.features)
         if self.use_bias:
             bias = _declare(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
             y = y + bias.astype(x.dtype)
@@ -252,5 +255,5 @@ class Decoder(nn.Module):
         elif not cfg.tie_word_embeddings:
             table(name="lm_head")()
         if cache is not None:
-            cache = {"k": buffers[0], "v": buffers[1], "segment_ids": keys_RS, "index": index + n_queries}
+            cache = {"k": buffers[0], "v": buffers[1], "segment_ids": keys_RS, "index": first + n_queries}
         return x, cache

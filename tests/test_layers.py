@@ -1,0 +1,89 @@
+"""Imports run downward only, and each heavy library has one home (DESIGN)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "jaxalign"
+
+LEVELS = {
+    "losses": 0, "config": 0, "data.chat": 0, "data.formats": 0, "data.tokenizers": 0,
+    "sharding": 1, "metrics": 1, "signals": 1,
+    "models": 2, "data.rows": 2, "data.sources": 2, "optim": 2,
+    "data.batching": 3, "logprobs": 3, "hf": 3, "checkpoint": 3,
+    "step": 4, "objectives": 4, "sampling": 4,
+    "reference": 5, "generate": 5,
+    "evals": 6,
+    "build": 7, "diagnose": 7,
+    "export": 8, "preview": 8,
+    "train": 9,
+}  # fmt: skip
+
+HOMES = {
+    "flax": {"models"},
+    "orbax": {"checkpoint"},
+    "transformers": {"data", "hf"},
+    "tokenizers": {"data", "hf"},
+    "gguf": {"hf"},
+    "safetensors": {"hf"},
+    "huggingface_hub": {"hf"},
+    "datasets": {"data"},
+    "grain": {"data"},
+    "absl": {"config", "train", "generate", "export", "preview"},
+    "matplotlib": {"metrics"},
+    "tensorboardX": {"metrics"},
+    "torch": set(),
+}
+
+FILES = [file for file in PACKAGE.rglob("*.py") if file.name != "__init__.py" or file.parent != PACKAGE]
+
+
+def module_of(file):
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def level_of(module):
+    while module not in LEVELS:
+        assert "." in module, f"{module} has no level: give it one in LEVELS"
+        module = module.rpartition(".")[0]
+    return LEVELS[module]
+
+
+def imports(file):
+    """(module, imported at the top of the file) of every import."""
+    tree = ast.parse(file.read_text())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in top
+        elif isinstance(node, ast.ImportFrom):
+            if node.module in ("jaxalign", "jaxalign.data"):
+                for alias in node.names:
+                    yield f"{node.module}.{alias.name}", id(node) in top
+            else:
+                yield node.module, id(node) in top
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_imports_run_downward_and_libraries_stay_at_home(file):
+    module = module_of(file)
+    for name, at_top in imports(file):
+        parts = name.split(".")
+        if parts[0] == "jaxalign" and len(parts) > 1:
+            other = ".".join(parts[1:])
+            same = other.split(".")[0] == module.split(".")[0]
+            # What is imported where it is used is above on purpose: an entry's help, a check of names.
+            assert same or not at_top or level_of(other) < level_of(module), f"{module} imports {other}"
+        elif parts[0] in HOMES:
+            home = module.split(".")[0]
+            assert home in HOMES[parts[0]], f"{parts[0]} is used in {module}, its home is {HOMES[parts[0]]}"
+
+
+def test_a_missing_level_and_an_upward_import_would_be_found():
+    assert level_of("data.formats.hh") == 0 and level_of("models.decoder") == 2
+    with pytest.raises(AssertionError, match="has no level"):
+        level_of("nonsense")
+    found = dict(imports(PACKAGE / "train.py"))
+    assert found["jaxalign.build"] and level_of("build") < level_of("train")

@@ -101,7 +101,7 @@ def model_config(config: ConfigDict, *, path: str | None, platform: str | None =
         cfg,
         compute_dtype=("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype,
         # A laptop has memory for the products of its small batches; a chip that is filled with rows has not.
-        remat=("dots" if on_cpu else "full") if remat == "auto" else remat,
+        remat=("dots_no_batch" if on_cpu else "full") if remat == "auto" else remat,
     )
 
 

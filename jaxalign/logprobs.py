@@ -71,7 +71,8 @@ def token_stats(
       ValueError: a name in `want` or `differentiate` is unknown.
     """
     if unknown := set(want) - set(STATISTICS) or set(differentiate) - {"logps", "entropy"}:
-        raise ValueError(f"token_stats knows {STATISTICS}, the first two with a gradient; not {sorted(unknown)}")
+        known = f"{', '.join(STATISTICS)}; the first two have a gradient"
+        raise ValueError(f"token_stats does not know {sorted(unknown)}, it knows {known}")
     table_VD = models.head_table(cfg, params)
     n_rows, n_time = tokens_RT.shape
     # Position t's hidden state speaks about token t + 1: shift the integers, not the states.
@@ -83,7 +84,8 @@ def token_stats(
     layout = _layout(table_VD, n_rows, n_time, chunk_tokens)
     hidden_RTD = sharding.constrain(hidden_RTD, sharding.ROWS, "sequence", None)
     temperature = jnp.asarray(temperature, jnp.float32)
-    stats = _head_stats(layout, tuple(want), tuple(differentiate), hidden_RTD, table_VD, targets_RT, follows_RT, temperature)
+    names = (tuple(want), tuple(differentiate))
+    stats = _head_stats(layout, *names, hidden_RTD, table_VD, targets_RT, follows_RT, temperature)
     return {name: jnp.pad(x_RT[:, :-1], ((0, 0), (1, 0))) for name, x_RT in stats.items()}
 
 

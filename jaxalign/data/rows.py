@@ -1,7 +1,6 @@
 """Rows of files, packages, folders, the hub or memory, with a fingerprint of their content."""
 
 import csv
-import difflib
 import glob
 import gzip
 import hashlib
@@ -11,11 +10,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import util as importlib_util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxalign.messages import first_line
+from jaxalign.paths import in_package, nearest
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz")
 
@@ -79,39 +80,17 @@ def read_rows(source: Any, *, split: str | None = None, name: str | None = None,
 def find_files(path: str) -> list[Path]:
     """The files that a path, a glob or `package:NAME/FILE` names; raises ValueError if there are none."""
     if path.startswith("package:"):
-        return [_package_file(path)]
+        file = in_package(path)
+        if file.is_dir():
+            raise ValueError(f"{path!r} is a folder, expected a file: package:NAME/FILE")
+        return [file]
     path = os.path.expanduser(path)
     if os.path.isfile(path):
         return [Path(path)]
     found = sorted(Path(file) for file in glob.glob(path, recursive=True) if os.path.isfile(file))
     if not found:
-        raise ValueError(f"no data file {path!r}{_nearest(Path(path))}")
+        raise ValueError(f"no data file {path!r}{nearest(Path(path))}")
     return found
-
-
-def _package_file(path: str) -> Path:
-    package, _, inside = path.removeprefix("package:").partition("/")
-    spec = importlib_util.find_spec(package) if package.isidentifier() else None
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-    if not folders:
-        raise ValueError(f"{path!r}: there is no installed package {package!r}; expected package:NAME/FILE")
-    for folder in folders:
-        file = (folder / inside).resolve()
-        if file.is_file() and file.is_relative_to(folder.resolve()):
-            return file
-    raise ValueError(f"{path!r}: the package {package!r} has no file {inside!r}{_nearest(folders[0] / inside)}")
-
-
-def _nearest(path: Path) -> str:
-    """The end of a message about a missing file: the names in its folder that look like it."""
-    folder = path.parent
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
-    if folder != path.parent:
-        return f"; the folder {str(path.parent)!r} does not exist"
-    names = [entry.name for entry in itertools.islice(folder.iterdir(), 10_000)]
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(str(folder / name)) for name in near)}?" if near else ""
 
 
 def _read_path(path: str, split: str | None, name: str | None) -> Rows:
@@ -194,8 +173,8 @@ def _read_hub(path: str, split: str | None, name: str | None) -> Rows:
             else "if the data set is gated, accept its terms on its page and set HF_TOKEN; or give a local file"
         )
         raise ValueError(
-            f"{path!r} is no file or folder here{_nearest(Path(path))}, and as a dataset of the Hugging Face hub it "
-            f"cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); {way_out}"
+            f"{path!r} is no file or folder here{nearest(Path(path))}, and as a dataset of the Hugging Face hub it "
+            f"cannot be loaded ({type(error).__name__}: {first_line(error)}); {way_out}"
         ) from error
 
 

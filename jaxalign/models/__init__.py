@@ -49,7 +49,7 @@ def _boxed_init(cfg: ModelConfig, key: jax.Array) -> Any:
 @functools.lru_cache(maxsize=16)
 def declare(cfg: ModelConfig) -> Params:
     """Every weight of a model as a nested dict of Weight. Nothing is computed."""
-    boxed = jax.eval_shape(functools.partial(_boxed_init, cfg), jax.random.key(0))
+    boxed = jax.eval_shape(lambda: _boxed_init(cfg, jax.random.key(0)))
     return jax.tree.map(
         lambda box: Weight(box.value.shape, box.names), boxed, is_leaf=lambda x: isinstance(x, Declared)
     )
@@ -67,7 +67,7 @@ def abstract(cfg: ModelConfig, dtype: Any = jnp.float32, shardings: Any = None) 
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
-    """Random float32 weights: normal(initializer_range), norms 1, biases 0. Jit it with out_shardings for large models."""
+    """Random float32 weights: normal(initializer_range), norms 1, biases 0. Jit it, with out_shardings on a mesh."""
     return nn.meta.unbox(_boxed_init(cfg, key))
 
 

@@ -64,7 +64,6 @@ class ModelConfig:
 
     compute_dtype: str = "float32"
     remat: str = "none"
-    attention: str = "auto"
 
 
 class Family(NamedTuple):

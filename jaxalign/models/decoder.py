@@ -35,13 +35,15 @@ REMAT_POLICIES = {
 
 
 class Declared(nn.Partitioned):
-    """A weight with the logical names of its dimensions; where it lies on a mesh is `sharding`'s business, not Flax's."""
+    """A weight with the logical names of its dimensions; where it lies on a mesh is `sharding`'s business."""
 
     def unbox(self, apply_constraint: bool = True) -> Any:
         return self.value
 
 
-def _declare(module: nn.Module, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+def _declare(
+    module: nn.Module, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> jax.Array:
     def boxed(key: jax.Array) -> Any:
         return Declared(init(key, shape, jnp.float32), names=axes)
 

@@ -1,0 +1,99 @@
+"""Two real processes of four devices compute what one of eight does, and each reads only its own rows."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+
+from jaxalign import metrics
+
+PROGRAM = """
+import os, sys
+from jaxalign.data import batching
+
+make_batch, seen = batching.make_batch, []
+def counted(prepared, pairs, length, rows=None):
+    seen.append((2 * len(pairs), sorted(map(int, rows))))
+    return make_batch(prepared, pairs, length, rows)
+batching.make_batch = counted
+from jaxalign import train
+try:
+    train.main()
+finally:
+    print("ROWS", seen, flush=True)
+"""
+
+
+def two_processes(config_file: Path, *arguments: str, devices: int = 4, before: str = "") -> list[tuple[int, str, str]]:
+    """(exit code, output, errors) of both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", before + PROGRAM, f"--config={config_file}", *arguments],
+            env={
+                **os.environ,
+                "XLA_FLAGS": flags,
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(number),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        found = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *streams) for process, streams in zip(processes, found, strict=True)]
+
+
+def assert_close(folder: Path, whole: Path) -> None:
+    lines, others = runs.lines(folder), runs.lines(whole)
+    assert [(line["step"], list(line)) for line in lines] == [(line["step"], list(line)) for line in others]
+    for line, other in zip(lines, others, strict=True):
+        for name in line:
+            np.testing.assert_allclose(line[name], other[name], rtol=1e-5, atol=1e-5, err_msg=f"{name} {line['step']}")
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr(metrics, "plot", lambda folder: folder / "curves.png")
+
+
+def test_two_processes_equal_one_and_feed_only_their_own_rows(tmp_path, no_picture):
+    settings = {"epochs": None, "steps": 3, "eval__batch_size": 4, "reference__mode": "cached", "checkpoint__every": 0}
+    file = runs.save(tmp_path / "two", **settings, data__cache_dir=str(tmp_path / "cache"))
+    (first, said, errors), (second, said_2, errors_2) = two_processes(file)
+    assert (first, second) == (0, 0), errors + errors_2
+    assert "8 cpu (data 8), 2 host(s)" in errors and "step 3/3" in errors
+    assert "step" not in errors_2  # the first process speaks for all
+    rows = [json.loads(text.split("ROWS", 1)[1].replace("(", "[").replace(")", "]")) for text in (said, said_2)]
+    for mine, other in zip(*rows, strict=True):
+        assert mine[0] == other[0] and len(mine[1]) == mine[0] // 2
+        assert sorted(mine[1] + other[1]) == list(range(mine[0]))
+    assert len(rows[0]) > 3 + 2 * 3  # training, two evaluations of nine pairs in batches of four, scoring
+
+    one = runs.run(tmp_path / "one", **settings).folder
+    assert_close(tmp_path / "two", one)
+    assert metrics.read_completions(tmp_path / "two") == metrics.read_completions(one)
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "two" / "export" / name).read_bytes() == (one / "export" / name).read_bytes()
+    from safetensors.numpy import load_file
+
+    ours, whole = (load_file(folder / "export" / "model.safetensors") for folder in (tmp_path / "two", one))
+    assert ours.keys() == whole.keys()
+    for name in whole:
+        np.testing.assert_allclose(ours[name], whole[name], atol=1e-5, err_msg=name)

@@ -33,10 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from jaxalign.messages import listed
+
 log = logging.getLogger(__name__)
 
 Tree = Any
 ASIDE, DELETING, REPLACED = ".aside", ".deleting", ".replaced"
+LISTED = 6  # of what a message lists
 WRITE_TIMEOUT_S = 3600  # a slow network disk is no reason to fail a run; Orbax's own limit is 1200 s
 
 
@@ -48,9 +51,6 @@ class Restored(NamedTuple):
     step: int
     state: Tree
     meta: dict[str, Any]
-
-
-# Checksums
 
 
 def _mix(words: Any, xp: Any) -> Any:
@@ -106,9 +106,6 @@ def checksums(tree: Tree) -> dict[str, int]:
     return {path: int(value) for path, value in jax.device_get(hashes).items()}
 
 
-# Trees <-> flat dicts of arrays
-
-
 def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -162,17 +159,15 @@ def _check_structure(saved: dict[str, Any], wanted: dict[str, Any], where: str) 
         ("of another shape or type", differing),
     ]
     if any(found for _, found in parts):
-        text = "; ".join(f"{len(found)} {what}: {_some(found)}" for what, found in parts if found)
+        text = "; ".join(f"{len(found)} {what}: {listed(found, LISTED)}" for what, found in parts if found)
         raise ValueError(
             f"{where} holds another state than this run's ({text}); has the model or the optimizer changed?"
         )
 
 
-def _some(items: list[str], limit: int = 6) -> str:
-    return ", ".join(items[:limit]) + (f", and {len(items) - limit} more" if len(items) > limit else "")
-
-
-# Reading
+def _missing_step(step: str | int, folder: epath.Path, steps: list[int], more: str = "") -> ValueError:
+    there = f"steps there: {listed([str(one) for one in steps], LISTED)}{more}" if steps else "there is none"
+    return ValueError(f"no checkpoint {step!r} in {folder} ({there})")
 
 
 def list_steps(folder: str | epath.PathLike) -> list[int]:
@@ -256,7 +251,7 @@ def _read(folder: epath.Path, step: int, abstract: dict[str, Any], record: dict[
     wrong = [path for path, value in found.items() if value != record["leaves"][path]["checksum"]]
     if wrong:
         raise InvalidCheckpoint(
-            f"{len(wrong)} arrays have other bits than were saved (checksum differs): {_some(wrong)}"
+            f"{len(wrong)} arrays have other bits than were saved (checksum differs): {listed(wrong, LISTED)}"
         )
     leaves = {}
     for path, leaf in abstract.items():
@@ -350,25 +345,21 @@ def restore_params(
     """
     folder = epath.Path(folder).absolute()
     steps = list_steps(folder)
-    there = f"steps there: {_some([str(s) for s in steps])}" if steps else "there is none"
     if step == "last":
         chosen = steps[::-1]
     elif step == "best":
         chosen = _ranked(folder)[:1]
-        there += "; none carries the metric that says which is best: give a step or 'last'" if steps else ""
     else:
         chosen = [s for s in steps if str(s) == str(step)]
     if not chosen:
-        raise ValueError(f"no checkpoint {step!r} in {folder} ({there})")
+        more = "; none carries the metric that says which is best: give a step or 'last'" if step == "best" else ""
+        raise _missing_step(step, folder, steps, more)
 
     def select(saved: dict[str, Any]) -> dict[str, Any]:
         return {path: leaf for path, leaf in saved.items() if path.split("/")[0] == "params"}
 
     restored = _first_valid(folder, chosen, select, {"params": abstract_params})
     return restored.step, restored.state["params"], restored.meta
-
-
-# Writing
 
 
 def _sync(name: str) -> None:
@@ -460,15 +451,8 @@ class Checkpoints:
         """Steps that are on disk and committed, ascending."""
         return list_steps(self.folder)
 
-    def latest_step(self) -> int | None:
-        """The newest committed step, not yet checked; None if there is none."""
-        return max(self.steps(), default=None)
-
-    def best_step(self) -> int | None:
-        """The committed step with the best `best_metric`; None if none carries it."""
-        return next(iter(self._best()), None)
-
-    def _best(self) -> list[int]:
+    def best_steps(self) -> list[int]:
+        """The committed steps that carry `best_metric`, best first."""
         return _ranked(self.folder, self.best_metric, self.best_mode) if self.best_metric else []
 
     def save(
@@ -554,7 +538,7 @@ class Checkpoints:
         if replaced.exists():
             _remove(replaced)
         steps = self.steps()
-        for old in set(steps) - set(steps[-self.keep :]) - set(self._best()[: self.keep_best]):
+        for old in set(steps) - set(steps[-self.keep :]) - set(self.best_steps()[: self.keep_best]):
             doomed = self.folder / f"{old}{DELETING}"
             try:
                 (self.folder / str(old)).rename(doomed)
@@ -564,7 +548,7 @@ class Checkpoints:
                 _remove(doomed)
 
     def _failure(self, step: int, error: BaseException) -> RuntimeError:
-        good = self.latest_step()
+        good = max(self.steps(), default=None)
         return RuntimeError(
             f"checkpoint {step} could not be written to {self.folder}: {type(error).__name__}: {error}. "
             f"{'No checkpoint is there' if good is None else f'Checkpoint {good} is the newest'}; "
@@ -617,8 +601,7 @@ class Checkpoints:
         self.wait()
         steps = self._agreed_steps()
         if step is not None and step not in steps:
-            there = f"steps there: {_some([str(s) for s in steps])}" if steps else "there is none"
-            raise ValueError(f"no checkpoint {step} in {self.folder} ({there})")
+            raise _missing_step(step, self.folder, steps)
         if not steps:
             return None
         candidates = steps[::-1] if step is None else [step]

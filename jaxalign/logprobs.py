@@ -23,7 +23,7 @@ from jaxalign.models.embedding import vocab_axes
 
 STATISTICS = ("logps", "entropy", "mean_logit", "correct", "sum_p2")
 
-CHUNK_BYTES = 128 * 2**20  # float32 logits of one chunk on one device
+CHUNK_BYTES = 48 * 2**20  # float32 logits of one chunk on one device
 
 
 class _Layout(NamedTuple):

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -179,8 +180,8 @@ class Training:
             self.run.release()
         if not self.resumed:
             self.look(0)
-        elif self.is_look_due(start) and self.progress.looked_at != start:
-            self.edge(start)  # the run was stopped between this step and its evaluation
+        elif start == self.run.steps or (self.is_look_due(start) and self.progress.looked_at != start):
+            self.edge(start)  # the run was stopped between this step and its evaluation, or now ends here
 
     # ---- the loop
 
@@ -336,7 +337,7 @@ class Training:
     def edge(self, n: int) -> None:
         """Looks at the model after step n and saves it, as far as that is due."""
         config = self.config.checkpoint
-        found = self.look(n) if self.is_look_due(n) else {}
+        found = self.look(n) if self.is_look_due(n) and self.progress.looked_at != n else {}
         self.progress.finished = n == self.run.steps or self.is_out_of_patience(self.progress.evals_since_best)
         if self.is_save_due(n) or self.progress.finished or (found and config.keep_best):
             self.save(**{name: x for name, x in found.items() if name == config.best_metric})
@@ -357,8 +358,8 @@ class Training:
                     found = evals.evaluate(self.run, self.state)
                     found["time/eval"] = time.perf_counter() - began
             best, since = self.patience(found)
-            ends = n == 0 or self.is_out_of_patience(since)
-            if self.is_sample_due(n) or (self.config.samples.prompts and ends):
+            at_an_end = n == 0 or self.is_out_of_patience(since)
+            if self.is_sample_due(n) or (self.config.samples.prompts and at_an_end):
                 with self.stopper.during("generation", on_stop):
                     rows = evals.completions(self.run, self.state.params)
         if found:
@@ -593,8 +594,15 @@ def main() -> None:
     except Preempted as stopped:
         print(f"{stopped}; the same command continues", file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
-    except (ValueError, diagnose.NonFinite) as error:
-        print(f"jaxalign: {error}", file=sys.stderr)
+    except BaseException as error:
+        if isinstance(error, ValueError | diagnose.NonFinite):
+            print(f"jaxalign: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        if jax.distributed.is_initialized():
+            # An orderly end waits for the other processes, which wait for this one in the middle of a step. When it is
+            # gone, they find out.
+            os._exit(1)
         sys.exit(1)
 
 

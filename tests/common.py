@@ -28,6 +28,16 @@ LAYOUTS = (
 )
 
 
+def policy(family: str) -> Path:
+    """The folder of a golden policy."""
+    return GOLDEN / "models" / family / "policy"
+
+
+def load_tokenizer(family: str) -> Any:
+    """A new tokenizer of a golden policy, which a test may change."""
+    return hf.load_tokenizer(policy(family))
+
+
 @functools.cache
 def model(family: str, role: str = "policy") -> tuple[Any, Any]:
     """(ModelConfig, params) of a golden model."""

@@ -1,16 +1,14 @@
 """Formats and the chat template: rows -> examples -> token ids."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
+from common import FAMILIES, load_tokenizer
+from common import case as golden_case
 
 from jaxalign.data.chat import EncodedPair, encode_pairs, encode_prompt, render, special_prefix
 from jaxalign.data.formats import FORMATS, Example, RowError, detect, extract_prompt, hh, pairs
 
-GOLDEN = Path(__file__).parent / "golden"
-FAMILIES = ("llama", "qwen2", "qwen3")
 USER = {"role": "user", "content": "cloud teach glass"}
 GOOD = {"role": "assistant", "content": "prompt lemon clear"}
 BAD = {"role": "assistant", "content": "bridge kind"}
@@ -19,9 +17,7 @@ SYSTEM = {"role": "system", "content": "keep light"}
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    from transformers import AutoTokenizer
-
-    return {family: AutoTokenizer.from_pretrained(GOLDEN / "models" / family / "policy") for family in FAMILIES}
+    return {family: load_tokenizer(family) for family in FAMILIES}
 
 
 @pytest.fixture
@@ -29,8 +25,8 @@ def llama(tokenizers):
     return tokenizers["llama"]
 
 
-def golden(family, case):
-    return json.loads((GOLDEN / "cases" / family / f"{case}.json").read_text())["data"]
+def golden(family, name):
+    return golden_case(family, name)[0]["data"]
 
 
 def one(tokenizer, example, **options):
@@ -318,9 +314,7 @@ def test_the_template_sees_a_fixed_date(llama):
 
 
 def test_messages_without_a_template_are_refused_with_the_ways_out(tokenizers):
-    from transformers import AutoTokenizer
-
-    bare = AutoTokenizer.from_pretrained(GOLDEN / "models" / "llama" / "policy")
+    bare = load_tokenizer("llama")
     bare.chat_template = None
     with pytest.raises(ValueError, match="no chat template.*data.chat_template"):
         encode_pairs(bare, [Example([USER], [GOOD], [BAD])])

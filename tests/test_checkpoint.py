@@ -256,7 +256,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(tmp_path, caplog, 
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(abstract(state)).step == 1
         assert "checkpoint 2" in caplog.text and "INVALID" in caplog.text
-        assert (tmp_path / "2.aside").is_dir() and checkpoints.latest_step() == 1
+        assert (tmp_path / "2.aside").is_dir() and checkpoints.steps()[-1] == 1
         assert checkpoints.save(2, make_state(2, 2.0), {}) > 0
         assert checkpoints.restore(abstract(state)).step == 2
 
@@ -326,15 +326,15 @@ def test_the_newest_and_the_best_are_both_kept(tmp_path):
         for step, score in scores.items():
             checkpoints.save(step, state, {}, metrics=None if score is None else {"score": score})
             checkpoints.wait()
-            assert checkpoints.best_step() == expected_best[step]
+            assert checkpoints.best_steps()[0] == expected_best[step]
             assert set(checkpoints.steps()) == {step, max(1, step - 1), expected_best[step]}
-        assert checkpoints.latest_step() == 8
+        assert checkpoints.steps()[-1] == 8
     with Checkpoints(tmp_path, keep=1, keep_best=2, best_metric="score", best_mode="min") as checkpoints:
         assert checkpoints.restore(abstract(state)).step == 8
         checkpoints.save(9, state, {}, metrics={"score": 0.5})
         checkpoints.wait()
         assert checkpoints.steps() == [8, 9] or checkpoints.steps() == [7, 8, 9]
-        assert checkpoints.best_step() == 8
+        assert checkpoints.best_steps()[0] == 8
 
 
 def test_an_old_step_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch, caplog):

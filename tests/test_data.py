@@ -6,26 +6,23 @@ import math
 import shutil
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from common import FAMILIES, case, load_tokenizer
 
 from jaxalign.data import sources
 from jaxalign.data.batching import EvalBatches, PairSource, default_buckets, make_batch, prefetch
 from jaxalign.data.formats import RowError, hh
 from jaxalign.data.sources import prepare, read_rows, split_by_hash
 
-GOLDEN = Path(__file__).parent / "golden"
 SAMPLES = "package:jaxalign/data/samples/hh_rlhf_helpful_{}.jsonl.gz"
 WORDS = "cloud teach glass river light paper ocean sugar train garden lemon answer".split()
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(GOLDEN / "models" / "qwen3" / "policy")
+    return load_tokenizer("qwen3")
 
 
 def row(i, words=3):
@@ -106,6 +103,8 @@ def test_missing_things_are_named(tmp_path):
         read_rows("package:jaxalign/data/samples/hh_rlhf_helpful_tran.jsonl.gz")
     with pytest.raises(ValueError, match="has no file"):
         read_rows("package:jaxalign/../tests/test_data.py")
+    with pytest.raises(ValueError, match="is a folder, expected a file"):
+        read_rows("package:jaxalign/data/samples")
     with pytest.raises(ValueError, match="cannot read this kind of file"):
         read_rows(__file__)
     with pytest.raises(ValueError, match="split='test'.*has no splits"):
@@ -130,11 +129,9 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 def test_truncation_is_trls(tmp_path):
-    from transformers import AutoTokenizer
-
-    for family in ("llama", "qwen2", "qwen3"):
-        rows = json.loads((GOLDEN / "cases" / family / "data_tokenization.json").read_text())["data"]
-        tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "models" / family / "policy")
+    for family in FAMILIES:
+        rows = case(family, "data_tokenization")[0]["data"]
+        tokenizer = load_tokenizer(family)
         rows = rows["dpo_conversational"]["rows"]
         cut = prepare(rows, tokenizer=tokenizer, max_length=40, cache_dir=tmp_path, max_dropped_share=0.5)
         full = prepare(rows, tokenizer=tokenizer, max_length=200, cache_dir=tmp_path)
@@ -146,14 +143,12 @@ def test_truncation_is_trls(tmp_path):
             assert cut.pair(at)[2] == full.pair(i)[2]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_cut_batch_is_trls(family, tmp_path):
     """The rows of the golden truncated batch, token for token: chosen first there, side by side here."""
-    from transformers import AutoTokenizer
-
-    golden = np.load(GOLDEN / "cases" / family / "dpo_trunc_keep_start.npz")
-    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "models" / family / "policy")
-    rows = json.loads((GOLDEN / "cases" / family / "data_tokenization.json").read_text())["data"]
+    golden = case(family, "dpo_trunc_keep_start")[1]
+    tokenizer = load_tokenizer(family)
+    rows = case(family, "data_tokenization")[0]["data"]
     rows = rows["dpo_conversational"]["rows"]
     cut = prepare(rows, tokenizer=tokenizer, max_length=40, cache_dir=tmp_path, max_dropped_share=0.5)
     batch = make_batch(cut, np.arange(len(cut)), 40)
@@ -240,9 +235,7 @@ def test_second_start_reads_the_cache_and_any_change_misses_it(tokenizer, tmp_pa
     for change in ({"max_length": 32}, {"chat_template": "{{ messages }}"}, {"on_long": "drop"}, {"limit": 30}):
         assert start(**change)[1], change
         assert not start(**change)[1], change
-    from transformers import AutoTokenizer
-
-    other = AutoTokenizer.from_pretrained(GOLDEN / "models" / "llama" / "policy")
+    other = load_tokenizer("llama")
     assert start(tokenizer=other)[1]
     write_jsonl(file, ROWS[1:] + ROWS[:1])
     changed, missed = start()
@@ -324,10 +317,8 @@ def test_a_failing_worker_is_reported(tokenizer, tmp_path, monkeypatch):
 
 
 def test_what_the_tokenizer_lacks_is_said_before_any_worker_starts(tmp_path, monkeypatch):
-    from transformers import AutoTokenizer
-
     monkeypatch.setattr(sources, "_run_workers", lambda *args: pytest.fail("a worker was started"))
-    bare = AutoTokenizer.from_pretrained(GOLDEN / "models" / "llama" / "policy")
+    bare = load_tokenizer("llama")
     bare.chat_template = None
     chat = [{"role": "user", "content": "a"}]
     rows = [{"prompt": chat, **{side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}}]

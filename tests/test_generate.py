@@ -6,17 +6,16 @@ import json
 import shutil
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
+from common import GOLDEN, load_tokenizer, policy
 
 import jaxalign
 from jaxalign import generate, hf
 from jaxalign.data import chat
 
-GOLDEN = Path(__file__).parent / "golden"
-LLAMA = GOLDEN / "models" / "llama" / "policy"
+LLAMA = policy("llama")
 TEXTS = ["Hello there", "What is this?", "A much longer question, so that it fills its row well"]
 
 
@@ -114,7 +113,7 @@ def test_a_completion_ends_where_the_context_does(llama):
     ],
 )
 def test_what_cannot_be_answered_is_refused(prompts, options, message):
-    tokenizer = hf.load_tokenizer(GOLDEN / "models" / ("qwen2" if "bare" in options else "llama") / "policy")
+    tokenizer = load_tokenizer("qwen2" if "bare" in options else "llama")
     if options.pop("bare", False):
         tokenizer.chat_template = None
     with pytest.raises(ValueError, match=message):

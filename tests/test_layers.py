@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "jaxalign"
 
 LEVELS = {
     "losses": 0, "messages": 0, "data.chat": 0, "data.formats": 0, "data.tokenizers": 0,
-    "sharding": 1, "metrics": 1, "signals": 1, "paths": 1, "config": 1,
-    "models": 2, "data.rows": 2, "data.sources": 2, "optim": 2, "safetensors_file": 2,
+    "sharding": 1, "metrics": 1, "signals": 1, "paths": 1, "config_keys": 1,
+    "models": 2, "data.rows": 2, "data.sources": 2, "optim": 2, "safetensors_file": 2, "config": 2,
     "data.batching": 3, "logprobs": 3, "gguf_file": 3, "checkpoint": 3,
     "step": 4, "objectives": 4, "sampling": 4, "hf": 4,
     "reference": 5, "generate": 5,

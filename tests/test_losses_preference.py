@@ -1,19 +1,17 @@
 """Preference losses: by hand, against plain numpy and TRL, and as functions to batch, jit and differentiate."""
 
-import json
 import math
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import FAMILIES, case
 from jax.test_util import check_grads
 
 from jaxalign.losses import LOSSES, Preference
 
-GOLDEN = Path(__file__).parent / "golden"
 LN2 = math.log(2)
 
 # Every loss with its defaults and with each option away from its default, so that an ignored option fails.
@@ -246,9 +244,8 @@ def test_label_smoothing_out_of_range_is_refused(name, label_smoothing):
 
 
 def test_golden_conservative_dpo_with_its_gradients():
-    case = np.load(GOLDEN / "cases/legacy/cdpo_ls0.1.npz")
-    settings = json.loads((GOLDEN / "cases/legacy/cdpo_ls0.1.json").read_text())
-    logps = [case[f"in.{model}_{side}_logps"] for model in ("policy", "ref") for side in ("chosen", "rejected")]
+    settings, arrays = case("legacy", "cdpo_ls0.1")
+    logps = [arrays[f"in.{model}_{side}_logps"] for model in ("policy", "ref") for side in ("chosen", "rejected")]
 
     def mean(*logps):
         losses, logged = LOSSES["sigmoid"].function(*logps, **settings["config"])
@@ -256,17 +253,16 @@ def test_golden_conservative_dpo_with_its_gradients():
 
     (loss, (losses, logged)), gradients = jax.value_and_grad(mean, (0, 1), has_aux=True)(*logps)
     np.testing.assert_allclose(loss, settings["loss"], rtol=1e-5)
-    np.testing.assert_allclose(losses, case["out.per_pair_loss"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(losses, arrays["out.per_pair_loss"], rtol=1e-5, atol=1e-6)
     for side, gradient in zip(("chosen", "rejected"), gradients, strict=True):
-        np.testing.assert_allclose(logged[f"rewards/{side}"], case[f"out.rewards.{side}"], atol=1e-5)
-        np.testing.assert_allclose(gradient, case[f"out.grad.policy_{side}_logps"], rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(logged[f"rewards/{side}"], arrays[f"out.rewards.{side}"], atol=1e-5)
+        np.testing.assert_allclose(gradient, arrays[f"out.grad.policy_{side}_logps"], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("case", ["dpo_sigmoid", "dpo_ipo", "dpo_robust_ls0.1", "dpo_sigmoid_norm"])
-def test_golden_per_pair_losses(family, case):
-    arrays = np.load(GOLDEN / f"cases/{family}/{case}.npz")
-    settings = json.loads((GOLDEN / f"cases/{family}/{case}.json").read_text())
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("golden", ["dpo_sigmoid", "dpo_ipo", "dpo_robust_ls0.1", "dpo_sigmoid_norm"])
+def test_golden_per_pair_losses(family, golden):
+    settings, arrays = case(family, golden)
     config = settings["effective_config"]
     (name,) = config["loss_type"]
     options = {key: config[key] for key in LOSSES[name].options if key in config}

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
+from common import policy
 
 from jaxalign.models.config import FAMILIES, RopeScaling, config_from_hf, config_to_hf
 
-GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("llama", "qwen2", "qwen3", "llama_rope3")
 
 LLAMA31 = dict(
@@ -37,7 +36,7 @@ LLAMA31 = dict(
 
 
 def golden(model: str, name: str = "config.json") -> dict:
-    return json.loads((GOLDEN / "models" / model / "policy" / name).read_text())
+    return json.loads((policy(model) / name).read_text())
 
 
 @pytest.mark.parametrize("model", MODELS)

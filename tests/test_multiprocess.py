@@ -97,3 +97,58 @@ def test_two_processes_equal_one_and_feed_only_their_own_rows(tmp_path, no_pictu
     assert ours.keys() == whole.keys()
     for name in whole:
         np.testing.assert_allclose(ours[name], whole[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2},
+        {
+            "mesh__data": 1,
+            "mesh__fsdp": 2,
+            "mesh__tensor": 4,
+            "model__random": {**runs.MODEL, "num_key_value_heads": 4},
+        },
+        {"gradient_accumulation_steps": 2, "reference__sync_every": 2, "mesh__fsdp": 2},
+    ],
+    ids=["fsdp 4 x tensor 2", "fsdp 2 x tensor 4", "accumulation and a moving reference"],
+)
+def test_two_processes_equal_one_on_other_meshes(tmp_path, no_picture, changes):
+    settings = {"epochs": None, "steps": 3, "eval__batch_size": 4, **changes}
+    (first, said, errors), (second, _, errors_2) = two_processes(runs.save(tmp_path / "two", **settings))
+    assert (first, second) == (0, 0), errors + errors_2
+    assert_close(tmp_path / "two", runs.run(tmp_path / "one", **settings).folder)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_saves_on_both_and_one_process_goes_on(tmp_path, no_picture):
+    settings = {"epochs": None, "steps": 6}
+    file = runs.save(tmp_path / "two", **settings)
+    kill = """
+import os, signal
+from jaxalign import train
+real = train.Training.step
+def step(self, n, batch):
+    real(self, n, batch)
+    if n == 2 and os.environ["JAX_PROCESS_ID"] == "1": os.kill(os.getpid(), signal.SIGTERM)
+train.Training.step = step
+"""
+    (first, _, errors), (second, _, errors_2) = two_processes(file, before=kill)
+    assert (first, second) == (75, 75), errors + errors_2
+    stopped = runs.lines(tmp_path / "two")[-1]["step"]
+    assert 2 <= stopped < 6
+    runs.run(tmp_path / "two", **settings)
+    assert_close(tmp_path / "two", runs.run(tmp_path / "one", **settings).folder)
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_both(tmp_path):
+    fail = """
+import os
+from jaxalign import evals
+if os.environ["JAX_PROCESS_ID"] == "1": evals.completions = lambda *_: 1 / 0
+"""
+    (first, _, errors), (second, _, errors_2) = two_processes(runs.save(tmp_path / "two"), before=fail)
+    assert second == 1 and "ZeroDivisionError" in errors_2
+    assert first not in (0, 75), errors

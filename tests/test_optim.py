@@ -1,26 +1,24 @@
 """Schedules with transformers' values; optimizers that see stacked layers as separate; state beside its parameter."""
 
-import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common import FAMILIES, case
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxalign import optim
 
-GOLDEN = Path(__file__).parent / "golden"
 LAYERS = 2
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_linear_schedule_gives_the_golden_runs_learning_rates(family):
-    steps = json.loads((GOLDEN / f"cases/{family}/dpo_train.json").read_text())["steps"]
+    steps = case(family, "dpo_train")[0]["steps"]
     schedule = optim.make_schedule("linear", 3e-4, steps=len(steps), warmup_steps=2)
     np.testing.assert_allclose([schedule(i) for i in range(len(steps))], [s["learning_rate"] for s in steps], rtol=1e-6)
 

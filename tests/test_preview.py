@@ -3,16 +3,15 @@
 import io
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from common import load_tokenizer, policy
 
 from jaxalign import preview as preview_lib
 from jaxalign.data.sources import prepare
 
-GOLDEN = Path(__file__).parent / "golden"
-POLICY = GOLDEN / "models" / "llama" / "policy"
+POLICY = policy("llama")
 ROWS = [
     {"prompt": f"cloud teach {i} ", "chosen": "glass " * (1 + i % 7) + "end", "rejected": "river " * (1 + i % 5)}
     for i in range(12)
@@ -22,9 +21,7 @@ BAD = [{"prompt": "a", "chosen": None, "rejected": "b"}, {"prompt": "a", "chosen
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(POLICY)
+    return load_tokenizer("llama")
 
 
 @pytest.fixture

@@ -286,6 +286,15 @@ def test_a_finished_run_is_extended_and_how_it_is_run_may_change(whole, tmp_path
     assert result.metrics["epoch"] == pytest.approx(10 / 3)
 
 
+def test_a_run_that_now_ends_where_it_was_stopped_is_finished_there(tmp_path, monkeypatch, whole):
+    folder = tmp_path / "run"
+    stopped(monkeypatch, folder, 3)  # where it was evaluated already
+    result = runs.run(folder, epochs=1)
+    assert result.metrics["eval_loss"] == runs.lines(whole)[4]["eval_loss"] and result.export
+    assert runs.lines(folder) == runs.lines(whole)[:5]
+    assert checkpoint.read_meta(folder / "checkpoints", 3)["progress"]["finished"]
+
+
 def test_a_run_that_is_past_its_end_is_left_as_it_is(whole, tmp_path, capsys):
     folder = copy_of(whole, tmp_path / "run")
     runs.run(folder, epochs=1)

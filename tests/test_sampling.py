@@ -1,19 +1,17 @@
 """The sampler against the golden files and against a naive one that runs the whole text again for every token."""
 
 import dataclasses
-import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import case, model
 
-from jaxalign import hf, models, sampling, sharding
+from jaxalign import models, sampling, sharding
 from jaxalign.models import ModelConfig
 
-GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("llama", "llama_rope3", "qwen2", "qwen3")
 
 # Layers with a window, without one, and a vocabulary that 8 devices divide.
@@ -71,11 +69,10 @@ def naive(cfg, params, prompt, key, *, temperature, max_new, stop_ids=()):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_goldens_token_for_token(family):
-    cfg, params = hf.load(GOLDEN / "models" / family / "policy", dtype="float32")
-    for case in ("greedy", "greedy_eos"):
-        settings = json.loads((GOLDEN / "cases" / family / f"{case}.json").read_text())
-        arrays = np.load(GOLDEN / "cases" / family / f"{case}.npz")
-        stops = [settings["eos_token_id"]] if case == "greedy_eos" else []
+    cfg, params = model(family)
+    for name in ("greedy", "greedy_eos"):
+        settings, arrays = case(family, name)
+        stops = [settings["eos_token_id"]] if name == "greedy_eos" else []
         samples = sampling.generate(
             cfg,
             params,

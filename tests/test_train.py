@@ -143,7 +143,7 @@ class Compiled(Exception):
     [
         ({"batch_size": 7}, "no multiple of mesh.data x mesh.fsdp"),
         ({"data__path": "nowhere.jsonl"}, "no data file 'nowhere.jsonl'"),
-        ({"data__max_prompt_length": 7}, "cannot be used, more than max_dropped_share"),
+        ({"data__max_prompt_length": 7}, "24 of 24 rows .* cannot be used"),
         ({"max_length": 256, "data__buckets": ()}, "max_length = 256 is more than the model's 128 positions"),
         ({"model__random": {**runs.MODEL, "vocab_size": 64}}, "the tokenizer has 260 tokens and the model only 64"),
         ({"model__random": None, "model__path": "someone/gated-model"}, "someone/gated-model.*HF_TOKEN"),

@@ -1,0 +1,293 @@
+"""The keys of a run's config: each with its default, its type, its range and what it does; and how a value is read.
+
+`config.py` builds configs from them and judges how they stand together.
+"""
+
+import ast
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxalign.messages import did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of a config.
+
+    `type` is what a value must be (None only where the type says so); `choices` are the strings allowed; `range` is an
+    interval such as "(0, 1]" for every number in the value, an open end being infinite.
+    """
+
+    name: str
+    default: Any
+    type: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    range: str = ""
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+KEYS: tuple[Key, ...] = (
+    Key("workdir", None, str | None, "Folder of the run, on a disk that all hosts see: checkpoints, metrics.jsonl, "
+        "config.json, export. None: runs/<name of the config file>."),
+    Key("steps", None, int | None, "Optimizer updates to make; give either steps or epochs.", range="[1, inf)"),
+    Key("epochs", None, float | None, "Passes over the training data; a fraction is allowed.", range="(0, inf)"),
+    Key("seed", 0, int, "Seed of the order of the data, of sampling and of random weights.", range="[0, 2147483647]"),
+    Key("batch_size", 64, int, "Pairs (rows, for losses without pairs) per update, over all devices and all "
+        "accumulation steps.", range="[1, inf)"),
+    Key("gradient_accumulation_steps", 1, int, "Micro-batches that one update is split into; must divide batch_size. "
+        "Changes memory, not the result.", range="[1, inf)"),
+    Key("max_length", 1024, int, "Tokens of prompt + response that a row may have at most.", range="[2, inf)"),
+    Key("resume", "auto", str, "auto: continue from workdir's last checkpoint if there is one. force: also when model, "
+        "data, loss, optimizer or batch keys changed. never: refuse a workdir that holds a run.",
+        choices=("auto", "force", "never")),
+    Key("compilation_cache", "auto", str, "Folder of JAX's compilation cache; auto: a private one in the user's cache "
+        "folder; none: off."),
+
+    Key("model.path", None, str | None, "Folder (config.json + safetensors), GGUF file, hub id, or package:NAME[/FILE] "
+        "for a file inside an installed Python package."),
+    Key("model.random", None, dict | None, "Fields of a Hugging Face config.json: train this model from random weights "
+        "instead of model.path; needs tokenizer.path."),
+    Key("model.compute_dtype", "auto", str, "dtype of activations and matrix products (master weights are float32); "
+        "auto: bfloat16 on accelerators, float32 on CPU.", choices=("auto", *_DTYPES)),
+    Key("model.remat", "auto", str, "What the backward pass recomputes instead of keeping. none: nothing, full: every "
+        "layer, dots: all but matrix products, dots_no_batch: all but products with weights.",
+        choices=("auto", "none", "dots", "dots_no_batch", "full")),
+
+    Key("tokenizer.path", None, str | None, "Folder, GGUF file, hub id or package:NAME/FILE; bytes: the built-in byte "
+        "tokenizer. None: the model's own."),
+
+    Key("data.path", None, str | None, "Training rows: a file (json, jsonl, csv, parquet; also .gz), a glob, a folder "
+        "of a data set, a hub id, or package:NAME/FILE."),
+    Key("data.split", None, str | None, "Split of a data set that has several. None: train."),
+    Key("data.name", None, str | None, "Configuration (subset) of a hub data set."),
+    Key("data.format", "auto", str, "How a row is read; auto: by its columns."),
+    Key("data.chat_template", None, str | None, "Jinja text of the chat template. None: the tokenizer's own."),
+    Key("data.on_long", "truncate", str, "Rows above max_length: truncate (keeps the response's beginning) or drop.",
+        choices=("truncate", "drop")),
+    Key("data.max_prompt_length", None, int | None, "Rows with a longer prompt are dropped; a prompt is never cut.",
+        range="[1, inf)"),
+    Key("data.max_dropped_share", 0.1, float, "A run that would drop more than this share of its rows refuses to "
+        "start.", range="[0, 1]"),
+    Key("data.buckets", (), tuple[int, ...], "Row lengths to pad to, ascending, the last at least max_length; (): "
+        "chosen automatically. One compilation each.", range="[1, inf)"),
+    Key("data.max_rows", None, int | None, "Use only the first rows of the data.", range="[1, inf)"),
+    Key("data.cache_dir", None, str | None, "Folder of tokenized rows and of cached reference log-probs. None: a "
+        "private one in the user's cache folder."),
+    Key("data.workers", None, int | None, "Processes that tokenize. None: one a core, for a small file none.",
+        range="[0, inf)"),
+    Key("data.eval.path", None, str | None, "Evaluation rows, like data.path."),
+    Key("data.eval.split", None, str | None, "Split of data.eval.path (of data.path if that is None) to evaluate "
+        "on."),
+    Key("data.eval.fraction", 0.0, float, "Share of the training rows, chosen by hash, that is held out for "
+        "evaluation.", range="[0, 1)"),
+
+    Key("mesh.data", -1, int, "Devices along the data axis: rows are split, weights copied. -1 for one axis: all that "
+        "is left.", range="[-1, inf)"),
+    Key("mesh.fsdp", 1, int, "Devices along the fsdp axis: rows and weights are split.", range="[-1, inf)"),
+    Key("mesh.tensor", 1, int, "Devices along the tensor axis: heads, MLP columns and vocabulary are split.",
+        range="[-1, inf)"),
+    Key("mesh.sequence", 1, int, "Devices along the sequence axis: a row's tokens are split.", range="[-1, inf)"),
+
+    Key("loss.name", "sigmoid", str, "The objective: sigmoid (DPO), hinge, ipo, robust, sigmoid_norm, or a sum such as "
+        "sigmoid+sft."),
+    Key("loss.weights", (), tuple[float, ...], "Weights of the terms of a sum, in its order; (): 1 each."),
+    Key("loss.beta", 0.1, float, "Strength of the pull towards the reference (ipo: its tau).", range="(0, inf)"),
+    Key("loss.label_smoothing", 0.0, float, "Probability that a label is swapped (sigmoid: conservative DPO; robust: "
+        "its epsilon).", range="[0, 0.5)"),
+    Key("loss.length_normalize", True, bool, "ipo: compare averages over tokens instead of sums."),
+
+    Key("reference.mode", "live", str, "live: scored before each step. cached: all rows scored once before the first "
+        "step and kept on disk.", choices=("live", "cached")),
+    Key("reference.path", None, str | None, "Reference model, like model.path. None: the policy as it begins."),
+    Key("reference.sync_every", 0, int, "Move the reference towards the policy every so many steps; 0: never.",
+        range="[0, inf)"),
+    Key("reference.sync_alpha", 0.6, float, "Share of the policy in a moved reference.", range="(0, 1]"),
+
+    Key("optim.name", "adamw", str, "Optimizer: a name of jaxalign.optim."),
+    Key("optim.learning_rate", 1e-6, float, "Peak learning rate.", range="(0, inf)"),
+    Key("optim.schedule", "linear", str, "Learning rate after the warm-up: constant, or down to "
+        "final_ratio linearly or by cosine.", choices=("constant", "linear", "cosine")),
+    Key("optim.warmup_steps", 0, int, "Steps of linear warm-up from 0.", range="[0, inf)"),
+    Key("optim.warmup_ratio", None, float | None, "The same as a share of all steps.", range="[0, 1]"),
+    Key("optim.final_ratio", 0.0, float, "Share of the learning rate that is left at the last step.", range="[0, 1]"),
+    Key("optim.b1", None, float | None, "Decay rate of the first moment. None: the optimizer's own (adamw: 0.9).",
+        range="[0, 1)"),
+    Key("optim.b2", None, float | None, "Decay rate of the second moment. None: the optimizer's own (adamw: 0.999).",
+        range="[0, 1)"),
+    Key("optim.eps", None, float | None, "Added to a denominator. None: the optimizer's own (adamw: 1e-8).",
+        range="[0, inf)"),
+    Key("optim.momentum", None, float | None, "Decay rate of the summed gradient of sgd and muon. None: the "
+        "optimizer's own.", range="[0, 1)"),
+    Key("optim.weight_decay", 0.0, float, "Decoupled decay of kernels and embeddings, times the learning rate.",
+        range="[0, inf)"),
+    Key("optim.moments_dtype", None, str | None, "dtype of the first moment (or momentum). None: float32.",
+        choices=_DTYPES),
+    Key("optim.max_grad_norm", 1.0, float | None, "Gradients are scaled down to this global norm. None: no clipping.",
+        range="(0, inf)"),
+    Key("optim.nonfinite", "stop", str, "On a gradient that isn't finite: stop (with a report) or skip the step (and "
+        "count it).", choices=("stop", "skip")),
+
+    Key("checkpoint.every", 100, int, "Steps between checkpoints; 0: only by time, at a signal and at the end.",
+        range="[0, inf)"),
+    Key("checkpoint.every_minutes", 0.0, float, "Minutes between checkpoints; 0: only by steps.", range="[0, inf)"),
+    Key("checkpoint.keep", 2, int, "Latest checkpoints to keep.", range="[1, inf)"),
+    Key("checkpoint.keep_best", 0, int, "Best checkpoints to keep besides.", range="[0, inf)"),
+    Key("checkpoint.best_metric", None, str | None, "Evaluation metric that says which is best, e.g. "
+        "eval_rewards/accuracies."),
+    Key("checkpoint.best_mode", None, str | None, "Whether the best metric is the largest (max) or smallest (min).",
+        choices=("min", "max")),
+
+    Key("eval.every", 100, int, "Steps between evaluations; 0: only at the end.", range="[0, inf)"),
+    Key("eval.at_start", True, bool, "Evaluate before the first step too."),
+    Key("eval.batch_size", None, int | None, "Pairs per evaluation batch over all devices. None: as in a micro-batch.",
+        range="[1, inf)"),
+    Key("eval.max_rows", None, int | None, "Evaluate on the first rows only: the same ones every time.",
+        range="[1, inf)"),
+
+    Key("samples.every", 0, int, "Steps between completions of fixed prompts (always before and after); 0: at each "
+        "evaluation.", range="[0, inf)"),
+    Key("samples.prompts", 0, int | tuple[str, ...], "Prompts as texts, or how many to take from the evaluation (else "
+        "training) rows; 0: no completions.", range="[0, inf)"),
+    Key("samples.max_new_tokens", 64, int, "Tokens of a completion at most.", range="[1, inf)"),
+    Key("samples.temperature", 0.0, float, "0: greedy.", range="[0, inf)"),
+
+    Key("log.every", 1, int, "Steps between lines of metrics.jsonl.", range="[1, inf)"),
+    Key("log.tensorboard", False, bool, "Write TensorBoard files too (needs tensorboardX)."),
+    Key("log.profile_steps", (), tuple[int, ...], "(first, last): write a profiler trace of these steps.",
+        range="[1, inf)"),
+
+    Key("early_stopping.metric", None, str | None, "Stop when this evaluation metric no longer improves."),
+    Key("early_stopping.patience", 3, int, "Evaluations without an improvement until the stop.", range="[1, inf)"),
+    Key("early_stopping.mode", None, str | None, "Whether the metric should grow (max) or fall (min).",
+        choices=("min", "max")),
+
+    Key("export.enabled", True, bool, "Write a Hugging Face folder to <workdir>/export at the end."),
+    Key("export.dtype", "source", str, "dtype of the exported weights; source: that of the model it began from.",
+        choices=("source", *_DTYPES)),
+    Key("export.step", "last", str, "Which checkpoint to export.", choices=("last", "best")),
+)  # fmt: skip
+
+BY_NAME = {key.name: key for key in KEYS}
+
+
+def members(kind: Any) -> tuple[Any, ...]:
+    """The types that a union is made of; a type that is none stands alone."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def type_name(kind: Any) -> str:
+    """A key's type as messages and the table say it."""
+    names = {type(None): "None", tuple[int, ...]: "(int, ...)", tuple[float, ...]: "(float, ...)",
+             tuple[str, ...]: "(str, ...)"}  # fmt: skip
+    return " or ".join(names.get(member) or member.__name__ for member in members(kind))
+
+
+def unknown(name: str) -> str:
+    """The message about a key that doesn't exist."""
+    hint = "".join(f"; did you mean {key!r}?" for key in nearest(name))
+    return f"there is no key {name!r}{hint} (--help_config lists all)"
+
+
+def nearest(name: str) -> list[str]:
+    """The key (or none) that `name` was meant for: similar as a whole, or the same last part or its initials."""
+    last = name.rpartition(".")[2]
+    fields = {key: key.rpartition(".")[2] for key in BY_NAME}
+    same = [key for key, field in fields.items() if last in (field, "".join(word[:1] for word in field.split("_")))]
+    close, far = (difflib.get_close_matches(name, BY_NAME, 1, cutoff) for cutoff in (0.8, 0.5))
+    return close or same[:1] or far
+
+
+def from_text(key: Key, text: str) -> Any:
+    """What the text of an override means for a key of its type; ValueError if it means nothing."""
+    kinds = members(key.type)
+    lowered = text.strip().lower()
+    if type(None) in kinds and lowered in ("none", "null", ""):
+        return None
+    if bool in kinds and lowered in ("true", "false"):
+        return lowered == "true"
+    for member in kinds:
+        if member in (int, float):
+            try:
+                return member(text)
+            except ValueError:
+                continue
+        origin = typing.get_origin(member)
+        if origin is tuple and text[:1] in ("(", "["):
+            return literal(text)
+        if origin is tuple:
+            item = typing.get_args(member)[0]
+            parts = [part.strip() for part in text.split(",") if part.strip()]
+            return [from_text(Key(key.name, None, item, ""), part) for part in parts]
+        if member is dict:
+            return literal(text)
+        if member is str:
+            return text
+    raise ValueError(f"{key.name}: got {text!r}, expected {type_name(key.type)}")
+
+
+def literal(text: str) -> Any:
+    """The Python literal that a text is; the text itself if it is none."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def coerce(key: Key, value: Any) -> Any:
+    """The value as the key's type has it, or an error that names key, value and what was expected."""
+    fits, result = _fit(value, key.type)
+    if not fits:
+        raise ValueError(f"{key.name}: got {value!r} ({type(value).__name__}), expected {type_name(key.type)}")
+    if key.choices and result is not None and result not in key.choices:
+        hint = did_you_mean(result, key.choices)
+        raise ValueError(f"{key.name}: got {result!r}, expected one of {', '.join(key.choices)}{hint}")
+    for number in result if isinstance(result, tuple) else (result,):
+        if isinstance(number, int | float) and not isinstance(number, bool) and not _in_range(number, key.range):
+            interval = key.range or "(-inf, inf)"
+            raise ValueError(f"{key.name}: got {value!r}, expected {type_name(key.type)} in {interval}")
+    return result
+
+
+def _fit(value: Any, kind: Any) -> tuple[bool, Any]:
+    """Whether a value is of a type, and the value as that type has it (int -> float, list -> tuple)."""
+    for member in members(kind):
+        if typing.get_origin(member) is tuple and isinstance(value, list | tuple):
+            items = [_fit(item, typing.get_args(member)[0]) for item in value]
+            if all(fits for fits, _ in items):
+                return True, tuple(item for _, item in items)
+        elif member is dict and isinstance(value, Mapping | ConfigDict):
+            return True, plain(value)
+        elif member is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return True, float(value)
+        elif member in (int, str, bool, type(None)) and type(value) is member:
+            return True, value
+    return False, None
+
+
+def _in_range(number: float, interval: str) -> bool:
+    if not interval:
+        return math.isfinite(number)
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    return above and below
+
+
+def plain(value: Any) -> Any:
+    """Without ConfigDicts and lists, so that values compare by content."""
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(plain(v) for v in value)
+    return value

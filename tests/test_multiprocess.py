@@ -30,20 +30,21 @@ finally:
 """
 
 
-def two_processes(config_file: Path, *arguments: str, devices: int = 4, before: str = "") -> list[tuple[int, str, str]]:
+def two_processes(config_file: Path, *, before: str = "") -> list[tuple[int, str, str]]:
     """(exit code, output, errors) of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", before + PROGRAM, f"--config={config_file}", *arguments],
+            [sys.executable, "-c", before + PROGRAM, f"--config={config_file}"],
             env={
                 **os.environ,
                 "XLA_FLAGS": flags,
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": "2",
+                "NPROC": "64",  # XLA's threads: with one a core, those of four devices starve each other in gloo for ever
                 "JAX_PROCESS_ID": str(number),
             },
             stdout=subprocess.PIPE,
@@ -53,7 +54,7 @@ def two_processes(config_file: Path, *arguments: str, devices: int = 4, before: 
         for number in range(2)
     ]
     try:
-        found = [process.communicate(timeout=240) for process in processes]
+        found = [process.communicate(timeout=200) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -65,6 +66,9 @@ def assert_close(folder: Path, whole: Path) -> None:
     assert [(line["step"], list(line)) for line in lines] == [(line["step"], list(line)) for line in others]
     for line, other in zip(lines, others, strict=True):
         for name in line:
+            margin = other.get("eval_rewards/margins", other.get("rewards/margins"))
+            if "rewards/accuracies" in name and abs(margin) < 1e-5:
+                continue  # where policy and reference are equal, rounding gives the margins their sign
             np.testing.assert_allclose(line[name], other[name], rtol=1e-5, atol=1e-5, err_msg=f"{name} {line['step']}")
 
 
@@ -104,15 +108,10 @@ def test_two_processes_equal_one_and_feed_only_their_own_rows(tmp_path, no_pictu
     "changes",
     [
         {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2},
-        {
-            "mesh__data": 1,
-            "mesh__fsdp": 2,
-            "mesh__tensor": 4,
-            "model__random": {**runs.MODEL, "num_key_value_heads": 4},
-        },
-        {"gradient_accumulation_steps": 2, "reference__sync_every": 2, "mesh__fsdp": 2},
+        {"mesh__data": 1, "mesh__tensor": 8, "model__random": {**runs.MODEL, "num_attention_heads": 8}},  # rows twice
+        {"mesh__fsdp": 2, "gradient_accumulation_steps": 2, "reference__sync_every": 2},
     ],
-    ids=["fsdp 4 x tensor 2", "fsdp 2 x tensor 4", "accumulation and a moving reference"],
+    ids=["fsdp 4 x tensor 2", "tensor 8", "accumulation and a moving reference"],
 )
 def test_two_processes_equal_one_on_other_meshes(tmp_path, no_picture, changes):
     settings = {"epochs": None, "steps": 3, "eval__batch_size": 4, **changes}

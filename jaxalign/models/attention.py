@@ -1,6 +1,7 @@
 """Attention over explicit masks: causal by slot, within a segment, within a window.
 
-Letters: R rows, T queries, S keys, N query heads, K key/value heads, G = N / K queries that share one, H head size.
+Letters: R rows, T queries, S keys, N query heads, K key/value heads, G = N / K queries that share one, Q = G * T,
+H head size.
 """
 
 import jax
@@ -51,10 +52,15 @@ def attend(q_RTNH: jax.Array, k_RSKH: jax.Array, v_RSKH: jax.Array, mask: jax.Ar
         k_RSKH, v_RSKH = (jnp.repeat(x, n_heads // x.shape[2], axis=2) for x in (k_RSKH, v_RSKH))
     q_RTNH, k_RSKH, v_RSKH = (sharding.constrain(x, sharding.ROWS, None, HEADS, None) for x in (q_RTNH, k_RSKH, v_RSKH))
     n_kv = k_RSKH.shape[2]
-    q_RTKGH = q_RTNH.reshape(rows, n_queries, n_kv, n_heads // n_kv, head_dim)
-    scores_RKGTS = jnp.einsum("RTKGH,RSKH->RKGTS", q_RTKGH, k_RSKH, preferred_element_type=jnp.float32)
+    # Heads first, and a group's queries one after another: then both products are plain matrix products per key/value
+    # head, and no transposed copy is made of the scores, which are by far the largest array here.
+    q_RKQH = q_RTNH.reshape(rows, n_queries, n_kv, -1, head_dim).transpose(0, 2, 3, 1, 4).reshape(rows, n_kv, -1, head_dim)
+    k_RKSH, v_RKSH = k_RSKH.swapaxes(1, 2), v_RSKH.swapaxes(1, 2)
+    scores_RKQS = jnp.einsum("RKQH,RKSH->RKQS", q_RKQH, k_RKSH, preferred_element_type=jnp.float32)
+    scores_RKGTS = scores_RKQS.reshape(rows, n_kv, -1, *mask.shape[-2:])
     mask_R11TS = mask[None, None, None] if mask.ndim == 2 else mask[:, None, None]
     scores_RKGTS = jnp.where(mask_R11TS, scores_RKGTS * lax.rsqrt(jnp.float32(head_dim)), MASKED)
-    weights_RKGTS = jax.nn.softmax(scores_RKGTS, axis=-1).astype(v_RSKH.dtype)
-    out_RTKGH = jnp.einsum("RKGTS,RSKH->RTKGH", weights_RKGTS, v_RSKH)
-    return sharding.constrain(out_RTKGH.reshape(rows, n_queries, n_heads, head_dim), sharding.ROWS, None, HEADS, None)
+    weights_RKQS = jax.nn.softmax(scores_RKGTS, axis=-1).astype(v_RSKH.dtype).reshape(scores_RKQS.shape)
+    out_RKQH = jnp.einsum("RKQS,RKSH->RKQH", weights_RKQS, v_RKSH)
+    out_RTNH = out_RKQH.reshape(rows, n_kv, -1, n_queries, head_dim).transpose(0, 3, 1, 2, 4).reshape(q_RTNH.shape)
+    return sharding.constrain(out_RTNH, sharding.ROWS, None, HEADS, None)

@@ -2,7 +2,8 @@
 
     python -m jaxalign.train --config=configs/tiny.py
 
-Expected time: not run. Expected numbers: not run.
+Expected time: 20 s on two cores that others used as well, 8 s when its programs are compiled already. Expected numbers:
+the loss falls from 0.693 to 0.29; margin on 9 held-out pairs +0.85 +- 0.39 (standard error), accuracy 5 of 9.
 """
 
 from ml_collections import ConfigDict
@@ -42,6 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.tokenizer.path = "bytes"
     config.data.path = "package:jaxalign/data/samples/tiny_pairs.jsonl"
     config.data.eval.fraction = 0.25
+    config.data.buckets = (128,)  # one compilation
 
     config.loss.name = arg or "sigmoid"
     config.optim.learning_rate = 1e-3

@@ -112,6 +112,8 @@ def check_model(cfg: ModelConfig, config: ConfigDict, tokenizer: Any) -> None:
             f"the tokenizer has {len(tokenizer)} tokens and the model only {cfg.vocab_size}: "
             "tokenizer.path belongs to another model"
         )
+    if config.data.prefixes and any(cfg.sliding_windows):
+        raise ValueError("data.prefixes: shared prompts do not go with a model that has sliding windows; set it to ()")
     if config.max_length > cfg.max_position_embeddings:
         raise ValueError(
             f"max_length = {config.max_length} is more than the model's {cfg.max_position_embeddings} positions"
@@ -155,7 +157,12 @@ class Run:
         self._buckets = tuple(config.data.buckets) or None
         rows = sharding.process_rows(self.mesh, self.rows)
         pairs = batching.PairSource(
-            self.data.train, batch_size=config.batch_size, seed=config.seed, buckets=self._buckets, rows=rows
+            self.data.train,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            buckets=self._buckets,
+            prefixes=config.data.prefixes,
+            rows=rows,
         )
         self.source: Callable[..., Any] = pairs
         self.pairs_of = pairs.pairs_of

@@ -77,6 +77,9 @@ KEYS: tuple[Key, ...] = (
         range="[1, inf)"),
     Key("data.max_dropped_share", 0.1, float, "A run that would drop more than this share of its rows refuses to "
         "start.", range="[0, 1]"),
+    Key("data.prefixes", (), tuple[int, ...], "Prompt tokens that a pair's sides share and that are computed once: of "
+        "these lengths the longest that all prompts of a batch reach; (): none. Saves that part of a step; one "
+        "compilation each.", range="[1, inf)"),
     Key("data.buckets", (), tuple[int, ...], "Row lengths to pad to, ascending, the last at least max_length; (): "
         "chosen automatically. One compilation each.", range="[1, inf)"),
     Key("data.max_rows", None, int | None, "Use only the first rows of the data.", range="[1, inf)"),

@@ -92,10 +92,38 @@ def token_stats(
 def score(
     cfg: ModelConfig, params: models.Params, batch: Mapping[str, jax.Array], *, want: tuple[str, ...] = ("logps",)
 ) -> dict[str, jax.Array]:
-    """`token_stats` of a batch under `params`: policy, reference, old policy and teacher are all scored by this."""
+    """`token_stats` of a batch under `params`: policy, reference, old policy and teacher are all scored by this.
+
+    A leaf `shared_prefix` [R, n] says that rows 2i and 2i + 1 begin with the same n tokens, which are computed once.
+    """
     segment_ids = batch.get("segment_ids")
-    hidden_RTD, _ = models.apply(cfg, params, batch["tokens"], batch["positions"], segment_ids)
+    if "shared_prefix" in batch:
+        assert segment_ids is None, "rows with a shared prefix are not packed"
+        hidden_RTD = _hidden_of_pairs(cfg, params, batch)
+    else:
+        hidden_RTD, _ = models.apply(cfg, params, batch["tokens"], batch["positions"], segment_ids)
     return token_stats(cfg, params, hidden_RTD, batch["tokens"], batch["mask"], segment_ids, want=want)
+
+
+def _hidden_of_pairs(cfg: ModelConfig, params: models.Params, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Hidden states [R, T, D] of pairs of rows that begin alike: a pair is one row of prefix, first and second rest.
+
+    Both rests see the prefix and themselves and count positions on from it: every number is as without sharing.
+    """
+    n, time = batch["shared_prefix"].shape[1], batch["tokens"].shape[1]
+
+    def join(x_RT: jax.Array) -> jax.Array:
+        first, second = x_RT[0::2], x_RT[1::2]
+        return jnp.concatenate([first, second[:, n:]], axis=1)
+
+    rest = jnp.ones((1, time - n), jnp.int32)
+    prefix = jnp.ones((1, n), jnp.int32)
+    segments = jnp.concatenate([prefix, 2 * rest, 3 * rest], axis=1)  # the same in every row
+    hidden, _ = models.apply(
+        cfg, params, join(batch["tokens"]), join(batch["positions"]), segments, prefix_ids_RT=jnp.ones_like(segments)
+    )
+    rows = jnp.stack([hidden[:, :time], jnp.concatenate([hidden[:, :n], hidden[:, time:]], axis=1)], axis=1)
+    return rows.reshape(-1, time, hidden.shape[-1])
 
 
 def per_sequence(

@@ -36,7 +36,7 @@ def make_score(cfg: ModelConfig, *, rows_per_example: int = 2, micro_batches: in
     """
 
     def score(params: models.Params, batch: Batch) -> jax.Array:
-        batch = {name: batch[name] for name in ("tokens", "positions", "mask")}
+        batch = {name: batch[name] for name in ("tokens", "positions", "mask", "shared_prefix") if name in batch}
         if micro_batches == 1:
             return logprobs.score(cfg, params, batch)["logps"]
         micros = step.split_batch(batch, micro_batches, rows_per_example)

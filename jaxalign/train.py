@@ -121,7 +121,7 @@ class Training:
         self.stopper, self.checkpoints = stopper, checkpoints
         self.main = jax.process_index() == 0
         self.meta = {"config": json.loads(config_lib.to_json(config)), "data": pieces.data.fingerprint}
-        self.compiled: set[int] = set()
+        self.compiled: set[tuple[int, ...]] = set()
         self.pending: tuple[int, metrics.Metrics, float] | None = None
         self.tracing = False
         self.clock = time.perf_counter()  # when the step before was fetched
@@ -213,10 +213,10 @@ class Training:
         flops = self.flops(host_batch)
         batch = run.place(host_batch)
         ref_params = run.reference_of(self.state)
-        length = host_batch["tokens"].shape[1]
-        if length not in self.compiled:
+        lengths = tuple(host_batch[name].shape[1] for name in ("tokens", "shared_prefix") if name in host_batch)
+        if lengths not in self.compiled:
             self.flush()
-            self.compile(length, batch, ref_params)
+            self.compile(lengths, batch, ref_params)
         if ref_params is not None:
             batch["ref_logps"] = run.score(ref_params, batch)
         self.state, found = run.train_step(self.state, None, batch)
@@ -225,8 +225,8 @@ class Training:
         self.flush()
         self.pending = n, found, flops
 
-    def compile(self, length: int, batch: Mapping[str, Any], ref_params: Any) -> None:
-        """Compiles the programs for rows of `length` where a stop request is heard meanwhile; calls then find them."""
+    def compile(self, lengths: tuple[int, ...], batch: Mapping[str, Any], ref_params: Any) -> None:
+        """Compiles the programs for rows (and a prefix) of `lengths`, for calls to find; a stop request is heard."""
         began = time.perf_counter()
         batch = dict(batch)
         with self.aside(), self.stopper.during("compilation", self.save_now):
@@ -236,8 +236,9 @@ class Training:
                     batch["tokens"].shape, np.float32, sharding=sharding.row_sharding(self.run.mesh)
                 )
             self.run.train_step.lower(self.state, None, batch).compile()
-        self.compiled.add(length)
-        self.bar.message(f"compiled for rows of {length} tokens in {time.perf_counter() - began:.1f} s")
+        self.compiled.add(lengths)
+        rows = f"{lengths[0]} tokens{f' ({lengths[1]} of them shared)' if lengths[1:] else ''}"
+        self.bar.message(f"compiled for rows of {rows} in {time.perf_counter() - began:.1f} s")
 
     def flush(self) -> None:
         """Fetches the metrics of the pending step, checks them and writes its line."""
@@ -277,7 +278,10 @@ class Training:
     def flops(self, host_batch: dict[str, np.ndarray]) -> float:
         """Model FLOPs of a step over all processes: forward and backward of the policy, forward of a live reference."""
         passes = 3 if self.run.cached_reference else 4
-        local = metrics.forward_flops(self.run.cfg, host_batch["lengths"], int(host_batch["mask"].sum()))
+        lengths = host_batch["lengths"].copy()
+        if "shared_prefix" in host_batch:  # computed once for both rows of a pair
+            lengths[1::2] -= host_batch["shared_prefix"].shape[1]
+        local = metrics.forward_flops(self.run.cfg, lengths, int(host_batch["mask"].sum()))
         return passes * local * self.run.rows / len(host_batch["tokens"])
 
     def profile(self, n: int) -> None:

@@ -9,7 +9,8 @@ systems. The script therefore measures what CPU time others took during each ste
 little: ratios from a busy machine are worth nothing. What a step is, for all three:
 2 pairs of 256 tokens a side (4 rows, 1,024 tokens), the last 128 tokens of a row are the completion, no padding,
 float32, sigmoid DPO with beta 0.1, the reference scored live, gradients clipped to norm 1, AdamW at 1e-6 without decay,
-on the same CPU cores. TRL and Tunix run their own trainers (their `train()`), jaxalign the functions of its own step as
+on the same CPU cores. A pair's sides have one prompt, as pairs have; "jaxalign-shared" computes it once
+(data.prefixes), "jaxalign" and the others once for each side. TRL and Tunix run their own trainers (their `train()`), jaxalign the functions of its own step as
 its loop calls them, waiting for each (the loop doesn't).
 
 The first loss of each must be ln 2 and the others must agree; the script fails otherwise, since then the numbers would
@@ -22,6 +23,7 @@ The peers live in virtual environments of their own:
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -51,7 +53,8 @@ FIRST_LOSS_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 2e-3
 # Share of all cores that other processes may take during the median measured step.
 FOREIGN_CPU_LIMIT = 0.05
-SYSTEMS = ("jaxalign", "trl", "tunix")
+OURS = ("jaxalign", "jaxalign-shared")
+SYSTEMS = (*OURS, "trl", "tunix")
 
 
 def make_batches(path: Path, vocab_size: int, steps: int) -> None:
@@ -90,7 +93,10 @@ class Channel:
         self._send(seconds=seconds, loss=loss)
 
 
-def jaxalign_worker(model: str, tokens: np.ndarray, args: argparse.Namespace, channel: Channel) -> None:
+def jaxalign_worker(
+    model: str, tokens: np.ndarray, args: argparse.Namespace, channel: Channel, *, shared: bool = False
+) -> None:
+    """`shared`: a pair's prompt is computed once (data.prefixes=(128,))."""
     import jax
 
     from jaxalign import build, hf, objectives, optim, reference
@@ -119,7 +125,8 @@ def jaxalign_worker(model: str, tokens: np.ndarray, args: argparse.Namespace, ch
         if not channel.wait():
             return
         start = time.perf_counter()
-        batch = jax.device_put({**same, "tokens": step_tokens})
+        prefix = {"shared_prefix": step_tokens[:, :PROMPT]} if shared else {}
+        batch = jax.device_put({**same, "tokens": step_tokens, **prefix})
         batch["ref_logps"] = score(ref_params, batch)
         state, metrics = train_step(state, None, batch)
         jax.block_until_ready(state)
@@ -251,8 +258,9 @@ def tunix_worker(model: str, tokens: np.ndarray, args: argparse.Namespace, chann
     trainer.train(batches())
 
 
-WORKERS: dict[str, Callable[[str, np.ndarray, argparse.Namespace, Channel], None]] = {
+WORKERS: dict[str, Callable[..., None]] = {
     "jaxalign": jaxalign_worker,
+    "jaxalign-shared": functools.partial(jaxalign_worker, shared=True),
     "trl": trl_worker,
     "tunix": tunix_worker,
 }
@@ -424,7 +432,7 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": str(args.threads), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 
     pythons = {
-        "jaxalign": None if args.skip_jaxalign else sys.executable,
+        **dict.fromkeys(OURS, None if args.skip_jaxalign else sys.executable),
         "trl": args.trl_python,
         "tunix": args.tunix_python,
     }
@@ -442,7 +450,7 @@ def main() -> None:
         try:
             for name, python in pythons.items():
                 if python is None:
-                    flag = "--skip-jaxalign was given" if name == "jaxalign" else f"no --{name}-python was given"
+                    flag = "--skip-jaxalign was given" if name in OURS else f"no --{name}-python was given"
                     print(f"{name}: skipped ({flag})")
                     continue
                 workers.append(Worker(name, python, arguments, folder / f"{name}.log"))
@@ -461,11 +469,11 @@ def main() -> None:
 
     print_table(results)
     ratios = {}
-    if "jaxalign" in results:
-        for name in [name for name in results if name != "jaxalign"]:
-            ratios[name] = r = compare(results["jaxalign"], results[name], args.warmup)
+    for mine, other in itertools.product(OURS, results):
+        if mine in results and other not in OURS:
+            ratios[f"{mine} / {other}"] = r = compare(results[mine], results[other], args.warmup)
             print(
-                f"jaxalign / {name}: {r['speed']:.2f}x the speed (rounds {r['speed_lowest']:.2f} to "
+                f"{mine} / {other}: {r['speed']:.2f}x the speed (rounds {r['speed_lowest']:.2f} to "
                 f"{r['speed_highest']:.2f}), {r['peak_memory']:.2f}x the peak memory "
                 f"({r['step_peak_memory']:.2f}x during steps)"
             )

@@ -96,6 +96,32 @@ def test_values_and_gradients_equal_the_naive_ones_on_every_mesh(family, layout)
         np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
+@pytest.mark.parametrize("layout", [None, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 4, "sequence": 2}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_prompt_gives_the_values_and_gradients_of_two_whole_rows(family, layout):
+    if layout and family != "llama":
+        pytest.skip("one family shows the layouts")
+    cfg, params = model(family)
+    batch = batch_of(family)
+    n = 12
+    assert (batch["tokens"][0::2, :n] == batch["tokens"][1::2, :n]).all() and not batch["mask"][:, :n].any()
+    mesh = sharding.make_mesh(**layout) if layout else None
+
+    def loss(params, batch):
+        return weighted(logprobs.score(cfg, params, batch), ("logps",))
+
+    value = jax.jit(jax.value_and_grad(loss))
+    want, want_gradient = jax.device_get(value(params, batch))
+    with sharding.use_mesh(mesh):
+        if mesh is not None:
+            params = jax.device_put(params, sharding.param_shardings(mesh, models.declare(cfg)))
+        shared = {**batch, "shared_prefix": batch["tokens"][:, :n]}
+        got, gradient = jax.device_get(value(params, sharding.place_batch(mesh, shared, len(batch["tokens"]))))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for g, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True):
+        np.testing.assert_allclose(g, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+
+
 def test_every_statistic_equals_the_naive_one_with_segments():
     cfg, params = model("llama")
     batch = batch_of("llama")

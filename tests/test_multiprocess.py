@@ -44,7 +44,7 @@ def two_processes(config_file: Path, *, before: str = "") -> list[tuple[int, str
                 "XLA_FLAGS": flags,
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": "2",
-                "NPROC": "64",  # XLA's threads: with one a core, those of four devices starve each other in gloo for ever
+                "NPROC": "64",  # threads of XLA: with one a core, four devices starve each other in gloo for ever
                 "JAX_PROCESS_ID": str(number),
             },
             stdout=subprocess.PIPE,

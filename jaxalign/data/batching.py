@@ -30,6 +30,11 @@ def default_buckets(max_length: int, multiple: int | None = None) -> tuple[int, 
     return tuple(buckets)
 
 
+def prefix_of(prompt_lengths: np.ndarray, prefixes: Sequence[int]) -> int:
+    """The longest of `prefixes` that every prompt of a batch reaches; 0 if none."""
+    return max((n for n in prefixes if n <= int(prompt_lengths.min())), default=0)
+
+
 def bucket_of(length: int, buckets: Sequence[int]) -> int:
     """The smallest bucket that holds a row of `length` tokens."""
     return next(bucket for bucket in buckets if bucket >= length)
@@ -50,6 +55,7 @@ class PairSource:
         batch_size: int,
         seed: int,
         buckets: Sequence[int] | None = None,
+        prefixes: Sequence[int] = (),
         rows: Sequence[int] | np.ndarray | None = None,
         shuffle: bool = True,
     ):
@@ -65,6 +71,7 @@ class PairSource:
         self.batch_size = batch_size
         self.buckets = _checked_buckets(prepared, buckets)
         self.rows = _checked_rows(rows, 2 * batch_size)
+        self.prefixes = tuple(prefixes)
         self._longest = prepared.lengths.max(axis=1)
         order = grain.MapDataset.range(len(prepared))
         self._order = (order.shuffle(seed=seed % 2**32) if shuffle else order).repeat(None)
@@ -77,7 +84,8 @@ class PairSource:
     def __call__(self, step: int, view: Any = None) -> Batch:
         """Leaves: see `make_batch`. `view` (parameters, for sources that sample) is not used."""
         pairs = self.pairs_of(step)
-        return make_batch(self.prepared, pairs, self.length_of(pairs), self.rows)
+        prefix = prefix_of(self.prepared.prompt_lengths[pairs], self.prefixes)
+        return make_batch(self.prepared, pairs, self.length_of(pairs), self.rows, prefix=prefix)
 
     def length_of(self, pairs: np.ndarray) -> int:
         """T of the batch of these pairs."""
@@ -133,11 +141,14 @@ class EvalBatches:
         return (self[n] for n in range(len(self)))
 
 
-def make_batch(prepared: Prepared, pairs: np.ndarray, length: int, rows: np.ndarray | None = None) -> Batch:
+def make_batch(
+    prepared: Prepared, pairs: np.ndarray, length: int, rows: np.ndarray | None = None, *, prefix: int = 0
+) -> Batch:
     """The batch of the given pairs (-1: filler), T = `length`, or only its rows `rows`.
 
     Leaves: tokens [R, T] int32, padded on the right; mask [R, T] bool, True on response tokens; positions [R, T]
-    int32; lengths [R] int32, tokens that are no padding; row_ids [R] int64, the pair in `prepared` or -1.
+    int32; lengths [R] int32, tokens that are no padding; row_ids [R] int64, the pair in `prepared` or -1; and
+    with `prefix` shared_prefix [R, prefix] int32, the first tokens of the prompt.
     """
     if rows is None:
         rows = np.arange(2 * len(pairs))
@@ -153,13 +164,14 @@ def make_batch(prepared: Prepared, pairs: np.ndarray, length: int, rows: np.ndar
         lengths[at] = len(ids)
         tokens[at, : len(ids)] = ids
     places = np.arange(length, dtype=np.int32)
-    return {
+    batch = {
         "tokens": tokens,
         "mask": (places >= prompts[:, None]) & (places < lengths[:, None]),
         "positions": np.tile(places, (len(rows), 1)),
         "lengths": lengths,
         "row_ids": row_ids,
     }
+    return batch | ({"shared_prefix": tokens[:, :prefix]} if prefix else {})
 
 
 def prefetch(

@@ -43,7 +43,7 @@ class Weight(NamedTuple):
 
 def _boxed_init(cfg: ModelConfig, key: jax.Array) -> Any:
     token = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(cfg).init(key, token, token, None, None)["params"]
+    return Decoder(cfg).init(key, token, token, None, None, None)["params"]
 
 
 @functools.lru_cache(maxsize=16)
@@ -78,6 +78,7 @@ def apply(
     positions_RT: jax.Array,
     segment_ids_RT: jax.Array | None = None,
     *,
+    prefix_ids_RT: jax.Array | None = None,
     cache: Params | None = None,
 ) -> tuple[jax.Array, Params | None]:
     """The decoder up to its last norm.
@@ -86,13 +87,15 @@ def apply(
       tokens_RT, positions_RT: int32. Positions turn the rotary embedding and nothing else.
       segment_ids_RT: int32; tokens see earlier slots of their own segment only. None (static) means one segment a row:
         plain causal attention, in which right padding needs no mask.
+      prefix_ids_RT: int32; the segment that a token sees besides its own (0: none), of the same row and before it. A
+        segment that several share is computed once. Windows count slots, so not for models with sliding windows.
       cache: from `init_cache`; the T tokens are written at [index, index + T) and see what stands before them. Then
         segment ids are required, 0 for padding.
 
     Returns:
       Hidden states [R, T, D] in cfg.compute_dtype, and the extended cache (None without one).
     """
-    out: Any = Decoder(cfg).apply({"params": params}, tokens_RT, positions_RT, segment_ids_RT, cache)
+    out: Any = Decoder(cfg).apply({"params": params}, tokens_RT, positions_RT, segment_ids_RT, prefix_ids_RT, cache)
     return out
 
 

@@ -25,18 +25,23 @@ def attention_mask(
     query_segments_RT: jax.Array | None = None,
     key_segments_RS: jax.Array | None = None,
     *,
+    prefixes_RT: jax.Array | None = None,
     window: int | None = None,
 ) -> jax.Array:
     """True where a query may look: bool, [T, S] without segments, [R, T, S] with them.
 
     Order is that of slots, not of positions (packed rows restart their positions): a query sees slots up to its own,
-    of its own segment, fewer than `window` slots back.
+    of its own segment or of the segment that `prefixes` names, fewer than `window` slots back.
     """
     mask = distance_TS >= 0
     if window is not None:
         mask &= distance_TS < window
     if query_segments_RT is not None and key_segments_RS is not None:
-        mask = mask & (query_segments_RT[:, :, None] == key_segments_RS[:, None, :])
+        keys_R1S = key_segments_RS[:, None, :]
+        seen_RTS = query_segments_RT[:, :, None] == keys_R1S
+        if prefixes_RT is not None:
+            seen_RTS |= prefixes_RT[:, :, None] == keys_R1S
+        mask = mask & seen_RTS
     return mask
 
 
@@ -54,7 +59,8 @@ def attend(q_RTNH: jax.Array, k_RSKH: jax.Array, v_RSKH: jax.Array, mask: jax.Ar
     n_kv = k_RSKH.shape[2]
     # Heads first, and a group's queries one after another: then both products are plain matrix products per key/value
     # head, and no transposed copy is made of the scores, which are by far the largest array here.
-    q_RKQH = q_RTNH.reshape(rows, n_queries, n_kv, -1, head_dim).transpose(0, 2, 3, 1, 4).reshape(rows, n_kv, -1, head_dim)
+    q_RKGTH = q_RTNH.reshape(rows, n_queries, n_kv, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    q_RKQH = q_RKGTH.reshape(rows, n_kv, -1, head_dim)
     k_RKSH, v_RKSH = k_RSKH.swapaxes(1, 2), v_RSKH.swapaxes(1, 2)
     scores_RKQS = jnp.einsum("RKQH,RKSH->RKQS", q_RKQH, k_RKSH, preferred_element_type=jnp.float32)
     scores_RKGTS = scores_RKQS.reshape(rows, n_kv, -1, *mask.shape[-2:])

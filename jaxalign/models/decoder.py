@@ -212,7 +212,12 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_RT: jax.Array, positions_RT: jax.Array, segment_ids_RT: jax.Array | None, cache: Any
+        self,
+        tokens_RT: jax.Array,
+        positions_RT: jax.Array,
+        segment_ids_RT: jax.Array | None,
+        prefix_ids_RT: jax.Array | None,
+        cache: Any,
     ) -> tuple[jax.Array, Any]:
         cfg = self.cfg
         dtype = jnp.dtype(cfg.compute_dtype)
@@ -234,7 +239,8 @@ class Decoder(nn.Module):
         windows = set(cfg.sliding_windows)
         uniform = len(windows) == 1  # one static window, or none: the mask is made once, outside of the scan
         distance_TS = attention.distance(n_queries, n_keys, first)
-        mask = attention.attention_mask(distance_TS, queries_RT, keys_RS, window=windows.pop() if uniform else None)
+        window = windows.pop() if uniform else None
+        mask = attention.attention_mask(distance_TS, queries_RT, keys_RS, prefixes_RT=prefix_ids_RT, window=window)
         window_L = None if uniform else jnp.array([w or n_keys for w in cfg.sliding_windows], jnp.int32)
 
         body = Layer

@@ -10,8 +10,8 @@ little: ratios from a busy machine are worth nothing. What a step is, for all th
 2 pairs of 256 tokens a side (4 rows, 1,024 tokens), the last 128 tokens of a row are the completion, no padding,
 float32, sigmoid DPO with beta 0.1, the reference scored live, gradients clipped to norm 1, AdamW at 1e-6 without decay,
 on the same CPU cores. A pair's sides have one prompt, as pairs have; "jaxalign-shared" computes it once
-(data.prefixes), "jaxalign" and the others once for each side. TRL and Tunix run their own trainers (their `train()`), jaxalign the functions of its own step as
-its loop calls them, waiting for each (the loop doesn't).
+(data.prefixes), "jaxalign" and the others once for each side. TRL and Tunix run their own trainers (their `train()`),
+jaxalign the functions of its own step as its loop calls them, waiting for each (the loop doesn't).
 
 The first loss of each must be ln 2 and the others must agree; the script fails otherwise, since then the numbers would
 compare different computations. Memory is the resident set as Linux counts it (mapped weight files included): "peak"

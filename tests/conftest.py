@@ -2,11 +2,20 @@
 
 import os
 
+PRETENDED = (
+    # Tests spend their time in compilations: without LLVM's optimisations those take half of it.
+    "--xla_backend_optimization_level=0",
+    # Being slow on the way to a collective, on a busy machine, is no reason to abort (XLA does so after 40 s).
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+)
+
+# Threads of XLA's pool. With one a core, devices that wait in a collective leave none to those that they wait for.
+os.environ.setdefault("NPROC", "64")
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXALIGN_TEST_PLATFORM", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # Tests spend their time in compilations: without LLVM's optimisations those take half of it.
-    flags = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    # Eight devices on two busy cores may be a while on their way to a collective; XLA aborts the process after 40 s.
-    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
+    flags = ("--xla_force_host_platform_device_count=8", *PRETENDED)
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
+# XLA's threads, which a collective blocks until all devices have come to it: with one a device, two collectives under way
+# wait for each other's threads for ever (seen on two cores: an abort after 40 s, a hang under gloo).
+os.environ.setdefault("NPROC", "32")

@@ -18,9 +18,9 @@ import os, sys
 from jaxalign.data import batching
 
 make_batch, seen = batching.make_batch, []
-def counted(prepared, pairs, length, rows=None):
+def counted(prepared, pairs, length, rows=None, **options):
     seen.append((2 * len(pairs), sorted(map(int, rows))))
-    return make_batch(prepared, pairs, length, rows)
+    return make_batch(prepared, pairs, length, rows, **options)
 batching.make_batch = counted
 from jaxalign import train
 try:
@@ -44,7 +44,6 @@ def two_processes(config_file: Path, *, before: str = "") -> list[tuple[int, str
                 "XLA_FLAGS": flags,
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": "2",
-                "NPROC": "64",  # threads of XLA: with one a core, four devices starve each other in gloo for ever
                 "JAX_PROCESS_ID": str(number),
             },
             stdout=subprocess.PIPE,

@@ -16,6 +16,3 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = ("--xla_force_host_platform_device_count=8", *PRETENDED)
     os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
-# XLA's threads, which a collective blocks until all devices have come to it: with one a device, two collectives under way
-# wait for each other's threads for ever (seen on two cores: an abort after 40 s, a hang under gloo).
-os.environ.setdefault("NPROC", "32")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from jaxalign import build, checkpoint, hf, models
 from jaxalign import config as config_lib
@@ -92,6 +92,7 @@ def _main(argv: list[str]) -> None:
     if len(argv) != 3:
         raise app.UsageError("two arguments: the run's folder and the folder to write")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no news
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every read
     try:
         print(export(argv[1], argv[2], step=flags.FLAGS.step, dtype=flags.FLAGS.dtype))
     except ValueError as error:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import jaxalign
 from jaxalign import checkpoint, metrics
 from jaxalign import config as config_lib
@@ -109,6 +111,18 @@ def lines(folder: Path) -> list[dict[str, float]]:
         {name: value for name, value in line.items() if not name.startswith("time/")}
         for line in metrics.read_metrics(folder)
     ]
+
+
+def assert_close(folder: Path, whole: Path) -> None:
+    """Two runs wrote the same lines, but for rounding."""
+    ours, others = lines(folder), lines(whole)
+    assert [(line["step"], list(line)) for line in ours] == [(line["step"], list(line)) for line in others]
+    for line, other in zip(ours, others, strict=True):
+        for name in line:
+            margin = other.get("eval_rewards/margins", other.get("rewards/margins"))
+            if "rewards/accuracies" in name and abs(margin) < 1e-5:
+                continue  # where policy and reference are equal, rounding gives the margins their sign
+            np.testing.assert_allclose(line[name], other[name], rtol=1e-5, atol=1e-5, err_msg=f"{name} {line['step']}")
 
 
 def leaves(folder: Path, step: int | None = None) -> dict[str, Any]:

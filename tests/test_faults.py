@@ -63,10 +63,7 @@ def poisoned(cached, tmp_path):
 def test_a_cached_reference_gives_the_live_ones_run_and_is_used_again(cached, tmp_path, capsys, caplog):
     folder, cache = cached
     live = runs.run(tmp_path / "live", **{**CACHED, "reference__mode": "live"}).folder
-    for line, other in zip(runs.lines(folder), runs.lines(live), strict=True):
-        assert line.keys() == other.keys()
-        for name in line:
-            np.testing.assert_allclose(line[name], other[name], rtol=1e-5, atol=1e-5, err_msg=f"{name} {line['step']}")
+    runs.assert_close(folder, live)
     capsys.readouterr()
     with caplog.at_level("INFO"):
         runs.run(tmp_path / "again", data__cache_dir=str(cache), **CACHED)

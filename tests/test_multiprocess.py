@@ -60,17 +60,6 @@ def two_processes(config_file: Path, *, before: str = "") -> list[tuple[int, str
     return [(process.returncode, *streams) for process, streams in zip(processes, found, strict=True)]
 
 
-def assert_close(folder: Path, whole: Path) -> None:
-    lines, others = runs.lines(folder), runs.lines(whole)
-    assert [(line["step"], list(line)) for line in lines] == [(line["step"], list(line)) for line in others]
-    for line, other in zip(lines, others, strict=True):
-        for name in line:
-            margin = other.get("eval_rewards/margins", other.get("rewards/margins"))
-            if "rewards/accuracies" in name and abs(margin) < 1e-5:
-                continue  # where policy and reference are equal, rounding gives the margins their sign
-            np.testing.assert_allclose(line[name], other[name], rtol=1e-5, atol=1e-5, err_msg=f"{name} {line['step']}")
-
-
 @pytest.fixture
 def no_picture(monkeypatch):
     monkeypatch.setattr(metrics, "plot", lambda folder: folder / "curves.png")
@@ -90,7 +79,7 @@ def test_two_processes_equal_one_and_feed_only_their_own_rows(tmp_path, no_pictu
     assert len(rows[0]) > 3 + 2 * 3  # training, two evaluations of nine pairs in batches of four, scoring
 
     one = runs.run(tmp_path / "one", **settings).folder
-    assert_close(tmp_path / "two", one)
+    runs.assert_close(tmp_path / "two", one)
     assert metrics.read_completions(tmp_path / "two") == metrics.read_completions(one)
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "two" / "export" / name).read_bytes() == (one / "export" / name).read_bytes()
@@ -116,7 +105,7 @@ def test_two_processes_equal_one_on_other_meshes(tmp_path, no_picture, changes):
     settings = {"epochs": None, "steps": 3, "eval__batch_size": 4, **changes}
     (first, said, errors), (second, _, errors_2) = two_processes(runs.save(tmp_path / "two", **settings))
     assert (first, second) == (0, 0), errors + errors_2
-    assert_close(tmp_path / "two", runs.run(tmp_path / "one", **settings).folder)
+    runs.assert_close(tmp_path / "two", runs.run(tmp_path / "one", **settings).folder)
 
 
 @pytest.mark.slow
@@ -137,7 +126,7 @@ train.Training.step = step
     stopped = runs.lines(tmp_path / "two")[-1]["step"]
     assert 2 <= stopped < 6
     runs.run(tmp_path / "two", **settings)
-    assert_close(tmp_path / "two", runs.run(tmp_path / "one", **settings).folder)
+    runs.assert_close(tmp_path / "two", runs.run(tmp_path / "one", **settings).folder)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`jaxalign.run` from Python does what the command does, as often as one likes."""
 
+import re
 import types
 from pathlib import Path
 
@@ -65,3 +66,12 @@ def test_without_held_out_rows_it_samples_from_the_training_rows_and_exports_not
     assert not any(name.startswith("eval_") for line in runs.lines(result.folder) for name in line)
     np.testing.assert_allclose(runs.lines(result.folder)[0]["loss"], np.log(2), atol=1e-5)
     assert Path(result.folder, "dropped.jsonl").read_text() == ""
+
+
+def test_the_readmes_python_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})  # our own text, from this repository
+    assert (tmp_path / "runs" / "mine" / "export" / "model.safetensors").is_file()
+    assert float(capsys.readouterr().out.split()[0]) > 0

@@ -10,12 +10,12 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from jaxalign import config as config_lib
@@ -23,7 +23,9 @@ from jaxalign import hf, models, objectives, optim, reference, sharding
 from jaxalign import step as step_lib
 from jaxalign.data import batching, sources
 from jaxalign.data.tokenizers import byte_tokenizer
+from jaxalign.models import attention
 from jaxalign.models.config import ModelConfig
+from jaxalign.paths import PathLike
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def load_tokenizer(config: ConfigDict) -> tuple[Any, str]:
     return hf.load_tokenizer(path, chat_template=config.data.chat_template), path
 
 
-def load_data(config: ConfigDict, dropped_path: Path, dataset: Any = None, eval_dataset: Any = None) -> Data:
+def load_data(config: ConfigDict, dropped_path: PathLike, dataset: Any = None, eval_dataset: Any = None) -> Data:
     """Tokenized training and evaluation pairs; rows that can't be used are listed in `dropped_path`.
 
     Args:
@@ -102,12 +104,13 @@ def model_config(config: ConfigDict, *, path: str | None, platform: str | None =
         compute_dtype=("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype,
         # A laptop has memory for the products of its small batches; a chip that is filled with rows has not.
         remat=("dots_no_batch" if on_cpu else "full") if remat == "auto" else remat,
+        attention=config.model.attention,
     )
 
 
-def check_model(cfg: ModelConfig, config: ConfigDict, tokenizer: Any) -> None:
-    """Raises ValueError where model, tokenizer and lengths do not go together."""
-    if len(tokenizer) > cfg.vocab_size:
+def check_model(cfg: ModelConfig, config: ConfigDict, tokenizer: Any | None) -> None:
+    """Raises ValueError where model, tokenizer (None: not known) and lengths do not go together."""
+    if tokenizer is not None and len(tokenizer) > cfg.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model only {cfg.vocab_size}: "
             "tokenizer.path belongs to another model"
@@ -120,71 +123,46 @@ def check_model(cfg: ModelConfig, config: ConfigDict, tokenizer: Any) -> None:
         )
 
 
-class Run:
-    """The pieces of one run on one mesh; call under `jax.set_mesh(mesh)`.
+class Programs:
+    """The jitted functions of a run on one mesh, from its config and its models' shapes: no data, no weights.
 
     Attributes:
-      cfg, mesh, data, objective: as their names say.
-      learning_rates: [steps] float32, the rate of each update, on the host: looking it up never waits for the device.
-      source: step -> host batch, with `ref_logps` where the reference is cached.
+      config, mesh, cfg, ref_cfg, objective: as their names say; ref_cfg is the reference's model.
+      attention: (implementation, reason), from `attention.choose`.
       steps: updates of the whole run.
-      rows: of a global batch.
+      rows: of a global batch; eval_pairs: pairs of an evaluation's batch.
+      cached_reference: the reference scores all rows once, before the first step.
+      schedule: update -> learning rate.
       state: the abstract TrainState with its shardings, for restoring.
+      reference: the abstract weights of a fixed reference, with their shardings.
       train_step: jitted (state, None, batch) -> (state, metrics); the state is donated.
       score: jitted (reference weights, batch) -> ref_logps [R, T].
+      score_once: the same of a batch that is no larger than a micro-batch.
       examples: jitted (weights, None, batch) -> per-pair values on every device.
       sync: jitted state -> state with the reference moved; None for a fixed one.
     """
 
-    def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh, data: Data):
-        self.config, self.mesh, self.data = config, mesh, data
-        platform = mesh.devices.flat[0].platform
-        self.cfg = model_config(config, path=config.model.path, platform=platform)
-        check_model(self.cfg, config, data.tokenizer)
-        ref_path = config.reference.path
-        self.ref_cfg = self.cfg if ref_path is None else model_config(config, path=ref_path, platform=platform)
-        check_model(self.ref_cfg, config, data.tokenizer)
-        self.begins_at_reference = ref_path is None
-
+    def __init__(
+        self, config: ConfigDict, mesh: jax.sharding.Mesh, cfg: ModelConfig, ref_cfg: ModelConfig, *, steps: int
+    ):
+        self.config, self.mesh, self.cfg, self.ref_cfg, self.steps = config, mesh, cfg, ref_cfg, steps
+        self.attention = attention.choose(cfg, mesh)
         terms, options = config_lib.loss_arguments(config)
-        self.objective = objectives.pairwise(self.cfg, terms, **options)
+        self.objective = objectives.pairwise(cfg, terms, **options)
         self.rows = self.objective.rows_per_example * config.batch_size
-        self._plan_batches()
-        self._make_functions()
-
-    def _plan_batches(self) -> None:
-        config = self.config
-        self._buckets = tuple(config.data.buckets) or None
-        rows = sharding.process_rows(self.mesh, self.rows)
-        pairs = batching.PairSource(
-            self.data.train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            buckets=self._buckets,
-            prefixes=config.data.prefixes,
-            rows=rows,
-        )
-        self.source: Callable[..., Any] = pairs
-        self.pairs_of = pairs.pairs_of
-        self.steps = config.steps or pairs.steps(config.epochs)
         self.cached_reference = config.reference.mode == "cached"
-        micro_pairs = config.batch_size // config.gradient_accumulation_steps
-        self.eval_pairs = config.eval.batch_size or micro_pairs
-        self._score_pairs = micro_pairs
-
-    def _make_functions(self) -> None:
-        config, mesh = self.config, self.mesh
+        self.eval_pairs = config.eval.batch_size or config.batch_size // config.gradient_accumulation_steps
         o = config.optim.to_dict()
-        schedule = optim.make_schedule(
+        self.schedule = optim.make_schedule(
             o["schedule"],
             o["learning_rate"],
-            steps=self.steps,
+            steps=steps,
             warmup_steps=o["warmup_steps"],
             warmup_ratio=o["warmup_ratio"],
             final_ratio=o["final_ratio"],
         )
         options = {name: o[name] for name in optim.options(o["name"]) if o[name] is not None}
-        tx = optim.make_optimizer(o["name"], schedule=schedule, weight_decay=o["weight_decay"], **options)
+        tx = optim.make_optimizer(o["name"], schedule=self.schedule, weight_decay=o["weight_decay"], **options)
         micro_batches = config.gradient_accumulation_steps
         step = step_lib.make_train_step(
             self.objective,
@@ -192,13 +170,12 @@ class Run:
             gradient_accumulation_steps=micro_batches,
             max_grad_norm=o["max_grad_norm"],
             nonfinite=o["nonfinite"],
+            schedule=self.schedule,
         )
         whole = sharding.replicated(mesh)
-        rates = jax.jit(jax.vmap(schedule), out_shardings=whole)(np.arange(self.steps, dtype=np.int32))
-        self.learning_rates = np.asarray(rates)
-        self._shardings = sharding.param_shardings(mesh, models.declare(self.cfg))
-        self._ref_shardings = sharding.param_shardings(mesh, models.declare(self.ref_cfg))
-        params = models.abstract(self.cfg, np.float32, self._shardings)
+        self._shardings = sharding.param_shardings(mesh, models.declare(cfg))
+        self._ref_shardings = sharding.param_shardings(mesh, models.declare(ref_cfg))
+        params = models.abstract(cfg, np.float32, self._shardings)
         moving = config.reference.sync_every > 0
 
         def new_state(params: models.Params, ref_params: models.Params | None = None) -> step_lib.TrainState:
@@ -213,14 +190,18 @@ class Run:
             opt_state=optim.state_shardings(tx, params),
             aux={name: self._shardings if name == "reference" else whole for name in abstract.aux},
         )
-        self.state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+        self.state = _placed(abstract, shardings)
+        ref_params = models.abstract(ref_cfg)
+        self.reference = _placed(
+            jax.eval_shape(functools.partial(reference.frozen_copy, ref_cfg), ref_params), self._ref_shardings
+        )
         self._new_state = jax.jit(new_state, donate_argnums=0, out_shardings=shardings)
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
         self.score = jax.jit(
-            reference.make_score(self.ref_cfg, micro_batches=micro_batches), out_shardings=sharding.row_sharding(mesh)
+            reference.make_score(ref_cfg, micro_batches=micro_batches), out_shardings=sharding.row_sharding(mesh)
         )
         # Rows outside of training come in batches of a micro-batch's size already.
-        self._score_once = jax.jit(reference.make_score(self.ref_cfg), out_shardings=sharding.row_sharding(mesh))
+        self.score_once = jax.jit(reference.make_score(ref_cfg), out_shardings=sharding.row_sharding(mesh))
         self.examples = jax.jit(self.objective.examples, out_shardings=whole)
         self.gradients = step_lib.make_gradients(self.objective, gradient_accumulation_steps=micro_batches)
         self.sync: Any = None
@@ -233,6 +214,46 @@ class Run:
                 return state._replace(aux={**state.aux, "reference": mixed})
 
             self.sync = jax.jit(sync, donate_argnums=0, out_shardings=shardings)
+
+
+def _placed(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
+class Run(Programs):
+    """The pieces of one run on one mesh: its programs, data and weights; call under `jax.set_mesh(mesh)`.
+
+    Attributes:
+      data: as its name says.
+      source: step -> host batch, with `ref_logps` where the reference is cached.
+      begins_at_reference: the policy's first weights are the reference's.
+      on_progress: called with what was finished, for a watchdog.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh, data: Data):
+        self.data = data
+        platform = mesh.devices.flat[0].platform
+        cfg = model_config(config, path=config.model.path, platform=platform)
+        check_model(cfg, config, data.tokenizer)
+        ref_path = config.reference.path
+        ref_cfg = cfg if ref_path is None else model_config(config, path=ref_path, platform=platform)
+        check_model(ref_cfg, config, data.tokenizer)
+        self.begins_at_reference = ref_path is None
+        self.on_progress: Callable[[str], object] = lambda what: None
+
+        self._buckets = tuple(config.data.buckets) or None
+        pairs = batching.PairSource(
+            data.train,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            buckets=self._buckets,
+            prefixes=config.data.prefixes,
+            rows=sharding.process_rows(mesh, 2 * config.batch_size),
+        )
+        self.source: Callable[..., Any] = pairs
+        self.pairs_of = pairs.pairs_of
+        super().__init__(config, mesh, cfg, ref_cfg, steps=config.steps or pairs.steps(config.epochs))
+        self._score_pairs = config.batch_size // config.gradient_accumulation_steps
 
     @functools.cached_property
     def _initial(self) -> models.Params:
@@ -308,15 +329,24 @@ class Run:
             if self.sync is None:
                 self._eval_reference = self._cached(self._eval_data, self.eval_pairs, "evaluation", say)
 
-    def reference_file(self, prepared: sources.Prepared) -> Path:
+    def reference_file(self, prepared: sources.Prepared) -> epath.Path:
         """Where the reference's log-probs of these pairs are kept: beside the tokenized rows."""
-        folder = self.data.train.folder.parent
-        return reference.cache_file(folder, model=self._reference_identity(), prepared=prepared, cfg=self.ref_cfg)
+        path = self.config.reference.path
+        model = self._policy_identity if path is None else self._identity(path)
+        return reference.cache_file(self.data.train.kept_in, model=model, prepared=prepared, cfg=self.ref_cfg)
+
+    def first_completions_file(self) -> epath.Path:
+        """Where the completions of the untrained policy are kept: what they depend on is in the name."""
+        samples = {**self.config.samples.to_dict(), "every": None}
+        what = [reference.VERSION, self._policy_identity, self.data.fingerprint, samples]
+        digest = hashlib.sha256(json.dumps([*what, self.config.seed, self.cfg.compute_dtype]).encode()).hexdigest()[:32]
+        return self.data.train.kept_in / f"completions-{digest}.json"
 
     def _cached(
         self, prepared: sources.Prepared, pairs: int, what: str, say: Callable[[str], None]
     ) -> reference.Cached:
         def tell(done: int, total: int) -> None:
+            self.on_progress(f"batch {done} of {total} of the {what} rows' reference")
             if done == 0:
                 say(f"no cached reference log-probs fit model, data, template and length: scoring the {what} rows")
             elif done == total or done % max(1, total // 10) == 0:
@@ -325,7 +355,7 @@ class Run:
         return reference.cached(
             self.reference_file(prepared),
             prepared,
-            self._score_once,
+            self.score_once,
             lambda: self.reference_params,
             mesh=self.mesh,
             batch_size=pairs,
@@ -333,22 +363,33 @@ class Run:
             on_progress=tell,
         )
 
-    def _reference_identity(self) -> str:
-        path = self.config.reference.path or self.config.model.path
+    @functools.cached_property
+    def _policy_identity(self) -> str:
+        return self._identity(self.config.model.path)
+
+    def _identity(self, path: str | None) -> str:
+        """Of the weights at `path`, or of the random ones."""
         if path is not None:
             return hf.fingerprint(path)
         random = {"seed": self.config.seed, "model": self.config.model.random.to_dict(), "jax": jax.__version__}
         return hashlib.sha256(json.dumps(random, sort_keys=True).encode()).hexdigest()
 
-    def eval_batches(self, state: step_lib.TrainState) -> Iterator[dict[str, jax.Array]]:
-        """The fixed evaluation pairs on the mesh, with ref_logps. After `score_reference`."""
+    def eval_batches(self, state: step_lib.TrainState, *, untrained: bool = False) -> Iterator[dict[str, jax.Array]]:
+        """The fixed evaluation pairs on the mesh, with ref_logps. After `score_reference`.
+
+        Where the policy is `untrained` and so still the reference that has scored them, its log-probs come with them.
+        """
+        is_known = untrained and self.begins_at_reference
         n_rows = 2 * self.eval_pairs
         rows = sharding.process_rows(self.mesh, n_rows)
         batches = batching.EvalBatches(self._eval_data, batch_size=self.eval_pairs, buckets=self._buckets, rows=rows)
         for n in range(len(batches)):
+            self.on_progress(f"batch {n} of {len(batches)} of an evaluation")
             batch = batches[n]
             if self.sync is None:
-                yield reference.place(self.mesh, {**batch, "ref_logps": self._eval_reference(batch, rows)}, n_rows)
+                logps = self._eval_reference(batch, rows)
+                known = {"logps": logps} if is_known else {}
+                yield reference.place(self.mesh, {**batch, "ref_logps": logps, **known}, n_rows)
             else:
                 placed = reference.place(self.mesh, batch, n_rows)
-                yield {**placed, "ref_logps": self._score_once(state.aux["reference"], placed)}
+                yield {**placed, "ref_logps": self.score_once(state.aux["reference"], placed)}

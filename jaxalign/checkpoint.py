@@ -8,7 +8,8 @@ Layout of a run's checkpoint folder:
     <folder>/<step>.deleting         an old step on its way out;  <step>.replaced: the former copy of a step saved anew
 
 A step's folder gets its final name by one rename after everything in it is written, so a process killed at any moment
-leaves the previous checkpoints as they were; what it left half-written is removed at the next start.
+leaves the previous checkpoints as they were; what it left half-written is removed at the next start. In a bucket, which
+has no rename, the last object written to a step says that it is whole (`_is_committed`), and is the first to go.
 
 Orbax's CheckpointManager is not used: it deletes old steps in the thread that commits the new one, so that one
 undeletable folder fails the run; and it asks for JAX's preemption sync point from that thread with an old step number,
@@ -19,6 +20,7 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import logging
 import math
@@ -33,12 +35,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from jaxalign import paths
 from jaxalign.messages import listed
 
 log = logging.getLogger(__name__)
 
 Tree = Any
 ASIDE, DELETING, REPLACED = ".aside", ".deleting", ".replaced"
+UNFINISHED, COMMITTED = ".orbax-checkpoint-tmp", "commit_success.txt"  # Orbax's names, here without its import
 LISTED = 6  # of what a message lists
 WRITE_TIMEOUT_S = 3600  # a slow network disk is no reason to fail a run; Orbax's own limit is 1200 s
 
@@ -170,15 +174,24 @@ def _missing_step(step: str | int, folder: epath.Path, steps: list[int], more: s
     return ValueError(f"no checkpoint {step!r} in {folder} ({there})")
 
 
-def list_steps(folder: str | epath.PathLike) -> list[int]:
-    """Steps with a committed checkpoint in `folder`, ascending, not yet checked; [] if there is no folder."""
-    import orbax.checkpoint as ocp
+def _place(folder: paths.PathLike) -> epath.Path:
+    """A folder as Orbax wants it: absolute."""
+    return paths.at(folder) if paths.is_remote(folder) else paths.at(folder).absolute()
 
-    folder = epath.Path(folder).absolute()
-    if not folder.exists():
-        return []
-    named = [path for path in folder.iterdir() if path.name.isdigit()]
-    return sorted(int(path.name) for path in named if ocp.utils.is_checkpoint_finalized(path))
+
+def _entries(folder: epath.Path) -> list[epath.Path]:
+    """What is in a folder, if it is there."""
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def _is_committed(path: epath.Path) -> bool:
+    """Whether a step's folder was written to its end: its name says so, in a bucket its last object."""
+    return (path / COMMITTED).exists() if paths.is_remote(path) else path.exists()
+
+
+def list_steps(folder: paths.PathLike) -> list[int]:
+    """Steps with a committed checkpoint in `folder`, ascending, not yet checked; [] if there is no folder."""
+    return sorted(int(path.name) for path in _entries(_place(folder)) if path.name.isdigit() and _is_committed(path))
 
 
 def _read_record(folder: epath.Path, step: int) -> dict[str, Any]:
@@ -194,9 +207,9 @@ def _read_record(folder: epath.Path, step: int) -> dict[str, Any]:
     return record
 
 
-def read_meta(folder: str | epath.PathLike, step: int) -> dict[str, Any]:
+def read_meta(folder: paths.PathLike, step: int) -> dict[str, Any]:
     """The `meta` that was given to `save` for this step; InvalidCheckpoint if it is missing or was altered."""
-    return _read_record(epath.Path(folder), step)["meta"]
+    return _read_record(_place(folder), step)["meta"]
 
 
 def _score(record: dict[str, Any], metric: str | None) -> float | None:
@@ -328,7 +341,7 @@ def _first_valid(
 
 
 def restore_params(
-    folder: str | epath.PathLike, abstract_params: Tree, step: str | int = "last"
+    folder: paths.PathLike, abstract_params: Tree, step: str | int = "last"
 ) -> tuple[int, Tree, dict[str, Any]]:
     """The `params` of a checkpoint, whatever mesh and optimizer wrote it, verified; the rest is not read.
 
@@ -343,7 +356,18 @@ def restore_params(
     Raises:
       ValueError: no such step, or params of other names, shapes or dtypes. InvalidCheckpoint: its files are damaged.
     """
-    folder = epath.Path(folder).absolute()
+    folder = _place(folder)
+    restored = _first_valid(folder, matching_steps(folder, step), _params_of, {"params": abstract_params})
+    return restored.step, restored.state["params"], restored.meta
+
+
+def matching_steps(folder: paths.PathLike, step: str | int) -> list[int]:
+    """The steps that a number, "last" or "best" means, in the order in which to try them; equal on all processes.
+
+    Raises:
+      ValueError: there is none.
+    """
+    folder = _place(folder)
     steps = list_steps(folder)
     if step == "last":
         chosen = steps[::-1]
@@ -351,15 +375,54 @@ def restore_params(
         chosen = _ranked(folder)[:1]
     else:
         chosen = [s for s in steps if str(s) == str(step)]
-    if not chosen:
+    if not (chosen := _agreed(chosen)):
         more = "; none carries the metric that says which is best: give a step or 'last'" if step == "best" else ""
         raise _missing_step(step, folder, steps, more)
+    return chosen
 
-    def select(saved: dict[str, Any]) -> dict[str, Any]:
-        return {path: leaf for path, leaf in saved.items() if path.split("/")[0] == "params"}
 
-    restored = _first_valid(folder, chosen, select, {"params": abstract_params})
-    return restored.step, restored.state["params"], restored.meta
+def params_reader(
+    folder: paths.PathLike, abstract_params: Tree, step: int, *, together: int = 1 << 29
+) -> Callable[[tuple[str, ...]], jax.Array]:
+    """What reads one leaf of a checkpoint's `params` by its path, verified, for weights that exceed the memory.
+
+    Leaves that follow it are read with it, `together` bytes at most; those read before are let go.
+
+    Raises:
+      ValueError: params of other names, shapes or dtypes. InvalidCheckpoint (the reader raises it too): damaged files.
+    """
+    folder = _place(folder)
+    record = _read_record(folder, step)
+    wanted = _paths({"params": abstract_params})
+    _check_structure(_params_of(record["leaves"]), wanted, f"checkpoint {step} in {folder}")
+    order, held = list(wanted), {}
+
+    def read(path: tuple[str, ...]) -> jax.Array:
+        name = "/".join(("params", *path))
+        if name not in held:
+            held.clear()
+            following = order[order.index(name) :]
+            ends = itertools.accumulate(wanted[one].size * wanted[one].dtype.itemsize for one in following)
+            n = max(1, sum(end <= together for end in ends))
+            held.update(_read(folder, step, {one: wanted[one] for one in following[:n]}, record))
+        return held[name]
+
+    return read
+
+
+def _params_of(saved: dict[str, Any]) -> dict[str, Any]:
+    return {path: leaf for path, leaf in saved.items() if path.split("/")[0] == "params"}
+
+
+def _agreed(steps: list[int]) -> list[int]:
+    """The first process's list of steps: a network disk may show the others an older one."""
+    if jax.process_count() == 1:
+        return steps
+    from jax.experimental import multihost_utils
+
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    padded = np.resize(np.array(steps or [0], np.int32), count)
+    return [int(s) for s in multihost_utils.broadcast_one_to_all(padded)]
 
 
 def _sync(name: str) -> None:
@@ -373,9 +436,22 @@ def _sync(name: str) -> None:
 def _remove(path: epath.Path) -> None:
     """Deletes a folder; a failure is a warning, because a run must not end over an old checkpoint."""
     try:
-        path.rmtree()
-    except OSError as error:
+        (path / COMMITTED).unlink(missing_ok=True)  # half a checkpoint must not look like a whole one
+        path.rmtree(missing_ok=True)
+    except Exception as error:  # OSError, or one of gcsfs's own kinds
         log.warning("could not delete %s (%s); the run goes on, delete it by hand", path, error)
+
+
+def _rename(path: epath.Path, target: epath.Path) -> None:
+    """Renames a checkpoint's folder.
+
+    In a bucket that is a copy and a deletion. Cut short, the copy is not committed yet, or the former one no more.
+    """
+    if paths.is_remote(path):
+        paths.copy_folder(path, target, last=COMMITTED)
+        _remove(path)
+    else:
+        path.rename(target)
 
 
 def _free_name(path: epath.Path) -> epath.Path:
@@ -399,7 +475,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: str | epath.PathLike,
+        folder: paths.PathLike,
         *,
         keep: int = 2,
         keep_best: int = 1,
@@ -412,38 +488,39 @@ class Checkpoints:
             raise ValueError(f"keep_best is {keep_best}, expected 0 or more")
         if best_mode not in ("max", "min"):
             raise ValueError(f"best_mode is {best_mode!r}, expected 'max' or 'min'")
-        import orbax.checkpoint as ocp
-
-        self.folder = epath.Path(folder).absolute()
+        self.folder = _place(folder)
         self.keep, self.keep_best, self.best_metric, self.best_mode = keep, keep_best, best_metric, best_mode
         self._own: set[int] = set()  # steps that this run saved or restored
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            paths.make_folder(self.folder)
             self._clean()
         _sync("checkpoints_opened")
+
+    @functools.cached_property
+    def _writer(self) -> Any:
+        """Orbax's checkpointer, made for the first save."""
+        import orbax.checkpoint as ocp
+
         plain = ocp.PyTreeCheckpointHandler(use_compression=False)  # it would save 8% of the space for twice the time
-        self._writer = ocp.AsyncCheckpointer(
+        return ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(state=plain, record=ocp.JsonCheckpointHandler()),
             async_options=ocp.options.AsyncOptions(timeout_secs=WRITE_TIMEOUT_S),
         )
 
     def _clean(self) -> None:
         """Removes what a killed process left behind. Only one process does this."""
-        import orbax.checkpoint as ocp
-
-        for path in list(self.folder.iterdir()):
+        for path in sorted(_entries(self.folder)):  # a step comes before its former copy
             final = path.with_suffix("")
-            named = path.name.isdigit()  # on an object store the name says nothing, a commit file does
-            if ocp.utils.TMP_DIR_SUFFIX in path.name or (named and not ocp.utils.is_checkpoint_finalized(path)):
+            if UNFINISHED in path.name or (path.name.isdigit() and not _is_committed(path)):
                 log.warning("removing %s: its run was killed before this checkpoint was complete", path)
                 _remove(path)
-            elif path.suffix == REPLACED and not final.exists():
+            elif path.suffix == REPLACED and not _is_committed(final):
                 log.warning(
                     "checkpoint %s was being saved anew when its run was killed; its former copy is back", final
                 )
-                path.rename(final)
+                _rename(path, final)
             elif path.suffix in (DELETING, REPLACED):
                 _remove(path)
 
@@ -504,14 +581,14 @@ class Checkpoints:
         record = json.dumps({"step": step, "meta": meta, "metrics": values, **best, "leaves": leaves})
         target = self.folder / str(step)
         if again and jax.process_index() == 0:
-            target.rename(target.with_suffix(REPLACED))
+            _rename(target, target.with_suffix(REPLACED))
         _sync("replaced")
         wrapped = {"record": record, "crc32": zlib.crc32(record.encode())}
         try:
             self._writer.save(
                 target, ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(wrapped))
             )
-        except OSError as error:
+        except Exception as error:  # each file system has kinds of its own
             raise self._failure(step, error) from error
         self._own.add(step)
         held = time.perf_counter() - began
@@ -526,22 +603,23 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 self._retire(step)
-            except OSError as error:
+            except Exception as error:  # each file system has kinds of its own
                 log.warning("could not look for old checkpoints in %s (%s); the run goes on", self.folder, error)
 
     def _retire(self, step: int) -> None:
         """Deletes what need not be kept once `step` is committed.
 
-        By a rename first: a deletion cut short must not leave half a checkpoint that looks like a whole one.
+        By a rename first, on a disk: a deletion cut short must not leave half a checkpoint that looks like a whole one.
         """
         replaced = self.folder / f"{step}{REPLACED}"
         if replaced.exists():
             _remove(replaced)
         steps = self.steps()
         for old in set(steps) - set(steps[-self.keep :]) - set(self.best_steps()[: self.keep_best]):
-            doomed = self.folder / f"{old}{DELETING}"
+            doomed = self.folder / str(old)
             try:
-                (self.folder / str(old)).rename(doomed)
+                if not paths.is_remote(doomed):
+                    doomed = doomed.rename(self.folder / f"{old}{DELETING}")
             except OSError as error:
                 log.warning("could not delete checkpoint %d (%s); the run goes on, delete it by hand", old, error)
             else:
@@ -572,7 +650,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._worker.shutdown()
-            self._writer.close()
+            if "_writer" in self.__dict__:
+                self._writer.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -599,7 +678,7 @@ class Checkpoints:
           the state has other leaves, shapes or dtypes than the saved one.
         """
         self.wait()
-        steps = self._agreed_steps()
+        steps = _agreed(self.steps())
         if step is not None and step not in steps:
             raise _missing_step(step, self.folder, steps)
         if not steps:
@@ -610,20 +689,9 @@ class Checkpoints:
         if jax.process_index() == 0:
             for later in [s for s in steps if s > restored.step]:
                 target = _free_name(self.folder / f"{later}{ASIDE}")
-                (self.folder / str(later)).rename(target)
+                _rename(self.folder / str(later), target)
                 log.warning(
                     "checkpoint %d lies after the restored %d and was put aside as %s", later, restored.step, target
                 )
         _sync("put_aside")
         return restored
-
-    def _agreed_steps(self) -> list[int]:
-        """The first process's list of steps: a network disk may show the others an older one."""
-        steps = self.steps()
-        if jax.process_count() == 1:
-            return steps
-        from jax.experimental import multihost_utils
-
-        count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
-        padded = np.resize(np.array(steps or [0], np.int32), count)
-        return [int(s) for s in multihost_utils.broadcast_one_to_all(padded)]

@@ -25,8 +25,8 @@ from jaxalign.config_keys import BY_NAME, KEYS, coerce, from_text, literal, memb
 from jaxalign.messages import did_you_mean
 
 RESUME_MAY_CHANGE = (
-    "workdir", "steps", "epochs", "resume", "compilation_cache", "log", "eval", "samples", "checkpoint", "mesh",
-    "export", "early_stopping", "data.cache_dir", "data.workers",
+    "workdir", "steps", "epochs", "resume", "compilation_cache", "watchdog_minutes", "log", "eval", "samples", "checkpoint",
+    "mesh", "export", "early_stopping", "data.cache_dir", "data.workers",
 )  # fmt: skip
 """Keys, or first parts of keys, that a resumed run may change; any other change needs resume="force"."""
 
@@ -151,7 +151,7 @@ def check_resume(
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Define --config, --print_config, --help_config and --resume on `values`, once."""
+    """Define --config, --print_config, --help_config, --resume and --help on `values`, once."""
     if "config" in values:
         return
     flags.DEFINE_string(
@@ -163,6 +163,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "help_config", False, "Print every key with its default and meaning, and stop.", flag_values=values
     )
     flags.DEFINE_enum("resume", None, BY_NAME["resume"].choices, "Short for --config.resume.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Print the flags and stop.", flag_values=values)
 
 
 def parse(argv: Sequence[str] | None = None, values: flags.FlagValues = flags.FLAGS) -> ConfigDict:
@@ -181,6 +182,9 @@ def parse(argv: Sequence[str] | None = None, values: flags.FlagValues = flags.FL
     try:
         if rest := values(arguments)[1:]:
             raise ValueError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+        if values.help:
+            print(f"{sys.modules['__main__'].__doc__}\n{values.get_help()}")
+            raise SystemExit(0)
         if values.help_config:
             print(describe())
             raise SystemExit(0)
@@ -272,7 +276,7 @@ def _run_file(path: Path, arg: str | None) -> ConfigDict | Mapping[str, Any]:
 
 
 def _config_folders() -> list[Path]:
-    return [Path("configs"), Path(__file__).resolve().parent.parent / "configs"]
+    return [Path("configs"), Path(__file__).parent / "configs"]  # the latter ship with the package
 
 
 def _named_configs() -> str:
@@ -331,6 +335,8 @@ def _contradictions(c: ConfigDict, given: Given) -> Iterator[Problem]:
     yield from _exactly_one("model.path", c.model.path, "model.random", c.model.random)
     rules: list[tuple[bool, tuple[str, ...], str]] = [
         (c.workdir is None, ("workdir",), "workdir is missing: the folder that the run writes to"),
+        (bool(c.log.tensorboard and str(c.workdir).startswith("gs://")), ("log.tensorboard", "workdir"),
+         f"log.tensorboard appends to files, which a bucket can't do (workdir is {c.workdir!r}): set it to false"),
         (c.model.random is not None and c.tokenizer.path is None, ("model.random", "tokenizer.path"),
          "tokenizer.path is missing: model.random has none of its own (bytes?)"),
         (given.dataset and c.data.path is not None, ("data.path",),

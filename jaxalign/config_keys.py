@@ -51,6 +51,8 @@ KEYS: tuple[Key, ...] = (
         choices=("auto", "force", "never")),
     Key("compilation_cache", "auto", str, "Folder of JAX's compilation cache; auto: a private one in the user's cache "
         "folder; none: off."),
+    Key("watchdog_minutes", 30.0, float, "When no step (and no batch of an evaluation) was finished for so long, every "
+        "process prints its stacks and exits 76; 0: never.", range="[0, inf)"),
 
     Key("model.path", None, str | None, "Folder (config.json + safetensors), GGUF file, hub id, or package:NAME[/FILE] "
         "for a file inside an installed Python package."),
@@ -61,6 +63,9 @@ KEYS: tuple[Key, ...] = (
     Key("model.remat", "auto", str, "What the backward pass recomputes instead of keeping. none: nothing, full: every "
         "layer, dots: all but matrix products, dots_no_batch: all but products with weights.",
         choices=("auto", "none", "dots", "dots_no_batch", "full")),
+    Key("model.attention", "auto", str, "How attention is computed. splash: JAX's TPU kernel, cudnn: cuDNN's on NVIDIA "
+        "GPUs, xla: anywhere, with all scores in memory; auto: the kernel where it can run (the log says why not).",
+        choices=("auto", "xla", "splash", "cudnn")),
 
     Key("tokenizer.path", None, str | None, "Folder, GGUF file, hub id or package:NAME/FILE; bytes: the built-in byte "
         "tokenizer. None: the model's own."),

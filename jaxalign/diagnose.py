@@ -1,12 +1,14 @@
 """What a run leaves beside the last good state when a loss or gradient was not finite."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+
+from jaxalign import paths
 
 FOLDER = "nonfinite"
 
@@ -15,7 +17,7 @@ class NonFinite(RuntimeError):
     """A loss or gradient was not finite. Nothing was updated; the message names the report."""
 
 
-def report(run: Any, state: Any, n: int, values: dict[str, float], folder: Path) -> NonFinite:
+def report(run: Any, state: Any, n: int, values: dict[str, float], folder: epath.Path) -> NonFinite:
     """Writes `<folder>/nonfinite/step_<n>.json` about the batch of step n, and returns the error to raise.
 
     The report holds the loss, rewards and log-probs of each pair with its row number and text, and the gradient's norm
@@ -49,8 +51,8 @@ def report(run: Any, state: Any, n: int, values: dict[str, float], folder: Path)
     }
     path = folder / FOLDER / f"step_{n}.json"
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+        paths.make_folder(path.parent)
+        paths.replace(path, (json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n").encode())
     bad = [row["row"] for row in rows if isinstance(row["loss"], str)]
     return NonFinite(
         f"step {n}: loss {values['loss']}, gradient norm {values['grad_norm']}. No weight was changed; the state after "

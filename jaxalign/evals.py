@@ -1,17 +1,18 @@
 """Evaluation of preference pairs: per-pair values over fixed batches, and their summary with errors."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxalign import metrics
+from jaxalign import metrics, paths, reference
 
 
-def evaluate(run: Any, state: Any) -> dict[str, float]:
-    """The metrics of the policy in `state` over the fixed evaluation pairs of a `build.Run`."""
-    examples = collect(run.examples, state.params, run.eval_batches(state))
+def evaluate(run: Any, state: Any, *, untrained: bool = False) -> dict[str, float]:
+    """The metrics of the policy in `state` (`untrained`: before any step) over the evaluation pairs of a `build.Run`."""
+    examples = collect(run.examples, state.params, run.eval_batches(state, untrained=untrained))
     return summarize(examples, run.objective.total(examples))
 
 
@@ -70,6 +71,16 @@ def fixed_prompts(run: Any) -> list[Any]:
         return list(wanted)
     data = run.data.train if run.data.held_out is None else run.data.held_out
     return [data.prompt(i) for i in range(min(wanted, len(data)))]
+
+
+def first_completions(run: Any, params: Any) -> list[dict[str, Any]]:
+    """As `completions`, of the untrained policy: made once, then kept beside the reference's log-probs."""
+    file = run.first_completions_file()
+    if reference.is_everywhere(file):
+        return paths.read_json(file)["completions"]
+    rows = completions(run, params)
+    reference.keep(file, json.dumps({"completions": rows}).encode())
+    return rows
 
 
 def completions(run: Any, params: Any) -> list[dict[str, Any]]:

@@ -38,13 +38,16 @@ class Gguf(NamedTuple):
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, dequantised to float32, in the file's own order of rows."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of a tensor, dequantised to float32, in the file's own order of rows."""
         import gguf
 
         tensor = self.tensors[name]
+        rows = slice(start, stop)
         try:
-            return gguf.dequantize(tensor.data, tensor.kind)
+            if len(tensor.shape) == 1:  # blocks of quantisation lie along the last dimension
+                return gguf.dequantize(tensor.data, tensor.kind)[rows]
+            return gguf.dequantize(tensor.data[rows], tensor.kind)
         except NotImplementedError as error:
             raise ValueError(f"{self.path}: tensor {name} has a quantisation that gguf can't undo: {error}") from error
 
@@ -182,8 +185,8 @@ def _llama3_from_divisors(file: Gguf, theta: float, head_dim: int) -> dict[str, 
 
 def weights(
     file: Gguf, cfg: ModelConfig, names: Iterable[str]
-) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
-    """The shapes of the tensors by their names in HF, of which `names` are known, and what reads one as float32."""
+) -> tuple[dict[str, tuple[int, ...]], Callable[..., np.ndarray]]:
+    """The shapes of the tensors by their names in HF, of which `names` are known; what reads rows of one as float32."""
     import gguf
 
     arch = file.metadata["general.architecture"]
@@ -204,13 +207,17 @@ def weights(
     # llama.cpp rotates neighbouring pairs, HF the two halves: for the Llama family the rows of q and k are reordered.
     heads = {"q_proj": cfg.num_attention_heads, "k_proj": cfg.num_key_value_heads} if arch == "llama" else {}
 
-    def read(name: str) -> np.ndarray:
-        values = file.read(back.get(name, name))
+    def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        own = back.get(name, name)
+        start, stop, _ = slice(start, stop).indices(shapes[name][0])
         n_heads = heads.get(name.split(".")[-2])
         if n_heads is None:
-            return values
-        rows = values.reshape(n_heads, -1, 2, *values.shape[1:])
-        return rows.swapaxes(1, 2).reshape(values.shape)
+            return file.read(own, start, stop)
+        head = shapes[name][0] // n_heads
+        first, last = start // head * head, -(-stop // head) * head  # rows change places within their head
+        values = file.read(own, first, last)
+        ordered = values.reshape(-1, head // 2, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+        return ordered[start - first : stop - first]
 
     return shapes, read
 

@@ -1,13 +1,15 @@
-"""Models from and to the formats of Hugging Face: safetensors folders, GGUF files, hub ids; weights, config, tokenizer.
+"""Models from and to the formats of Hugging Face: safetensors folders, GGUF files, hub ids, here or in a bucket.
 
 One table serves both directions and is written down nowhere: a tensor's name follows from its path in the declared tree
 (`models.declare`). `layers/self_attn/q_proj/kernel` is `model.layers.{i}.self_attn.q_proj.weight`, transposed, one
-tensor a layer; an embedding keeps its layout. The files themselves are the matter of `safetensors_file`, `gguf_file`.
+tensor a layer; an embedding keeps its layout. The files themselves are the matter of `safetensors_file`, `gguf_file`
+and (config, tokenizer) `hf_files`; how weights on many devices become a file's tensors, that of `gather`.
 
 Nothing here imports torch, unpickles, runs code from a model folder, or touches the network unless a hub id is given.
-Transformers, tokenizers, gguf and huggingface_hub are imported where they are used: to import this module is quick.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,67 +17,53 @@ import itertools
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
-from jaxalign import gguf_file, models, paths, safetensors_file
-from jaxalign.messages import first_line, listed
-from jaxalign.models.config import ModelConfig, config_from_hf, config_to_hf, token_ids
-from jaxalign.paths import PathLike, inside, read_json, write_json
-from jaxalign.safetensors_file import DTYPES
+from jaxalign import gather, gguf_file, models, paths, safetensors_file
+from jaxalign.hf_files import (
+    TOKENIZER_FILES,
+    end_of_turn,
+    generation_config,
+    is_gguf,
+    load_tokenizer,
+    read_config,
+    resolve,
+    stop_ids,
+    write_tokenizer,
+)
+from jaxalign.messages import listed
+from jaxalign.models.config import ModelConfig, config_to_hf
+from jaxalign.paths import PathLike, inside, write_json
+from jaxalign.safetensors_file import DTYPES, THREADS, ReadRows
 
-_UNSIGNED = {2: np.uint16, 4: np.uint32}
+__all__ = [
+    "DTYPES",
+    "TOKENIZER_FILES",
+    "end_of_turn",
+    "fingerprint",
+    "load",
+    "load_tokenizer",
+    "read_config",
+    "resolve",
+    "save",
+    "stop_ids",
+]
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
+_HOW_IT_IS_RUN = {"compute_dtype", "remat", "attention"}  # fields of a config that no config.json has
+# What `save` writes.
+_OF_A_MODEL = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|"
+    + "|".join(map(re.escape, TOKENIZER_FILES))
 )
 # Buffers that old files carry and that are computed, not learnt.
 _HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq$")
-
-
-def resolve(path: PathLike) -> Path:
-    """The folder or .gguf file that `path` names, downloaded first if it is a hub id.
-
-    Args:
-      path: a folder with config.json; a .gguf file, or a folder holding just one; `package:NAME[/FILE]`, a file inside
-        an installed Python package, found without importing it (no FILE: the one .gguf in it); or a hub id
-        `organisation/name`, of which only safetensors, JSON and tokenizer files are downloaded.
-
-    Raises:
-      ValueError: nothing there; or the hub refuses, does not know the id, or can't be reached.
-    """
-    return paths.find_model(path, check=read_config)
-
-
-def read_config(path: PathLike) -> ModelConfig:
-    """The model's config, from config.json or GGUF metadata; no weights are read.
-
-    Raises:
-      ValueError: nothing there, or a model that is not implemented (see `config_from_hf`).
-    """
-    where = resolve(path)
-    if where.is_file():
-        return gguf_file.read_config(gguf_file.open_file(where))
-    file = inside(where, "config.json")
-    if not file.exists():
-        raise ValueError(f"{where} has no config.json; expected a Hugging Face model folder or a .gguf file")
-    try:
-        return config_from_hf(read_json(file))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 class _Leaf(NamedTuple):
@@ -133,15 +121,15 @@ def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 class _Source(NamedTuple):
-    """Tensors under HF's names and in HF's layout. `read` gives an array or a lazily read view of the file."""
+    """Tensors under HF's names and in HF's layout."""
 
-    where: Path
+    where: Path | epath.Path
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], np.ndarray]
+    read: ReadRows
 
 
-def _open_source(where: Path, cfg: ModelConfig) -> _Source:
-    if where.is_dir():
+def _open_source(where: Path | epath.Path, cfg: ModelConfig) -> _Source:
+    if not is_gguf(where):
         return _Source(where, *safetensors_file.open_folder(where))
     everything = _leaves(dataclasses.replace(cfg, num_labels=0, tie_word_embeddings=False))
     names = [name for leaf in everything for name in leaf.names]
@@ -156,14 +144,17 @@ def load(
     shardings: Any = None,
     head: str = "lm",
 ) -> tuple[ModelConfig, models.Params]:
-    """Reads a model, one leaf of the parameter tree at a time.
+    """Reads a model, one leaf of the parameter tree at a time: each process the rows that its own devices hold.
+
+    A file is read by byte ranges of whole rows of its tensors, so where a weight is split along what is a row in the
+    file (with fsdp the inputs of q, k, v, gate and up), all of each row is read and the rest of it dropped. The host
+    holds this process's part of one leaf, and 8 MB a thread.
 
     Args:
       path: see `resolve`.
       cfg: the config to read it by, when the caller has changed how it is run; by default the model's own.
       dtype: of every leaf: float32 | bfloat16 | float16.
       shardings: a tree of shardings like the declared one, or one sharding for all; None is the default device.
-        A process reads only what its own devices hold.
       head: "lm" is the language model; "score" a value per token (reward models): taken from a sequence-classification
         checkpoint, or, over a language model, new with `num_labels` at least 1: normal(initializer_range), fixed seed.
 
@@ -186,14 +177,13 @@ def load(
     leaves = _leaves(cfg)
     new_score = head == "score" and "score.weight" not in source.shapes
     _check(source, cfg, leaves, new_score=new_score)
+    if new_score:
+        source = _with_score(source, cfg)
     flat = {}
-    for leaf in leaves:
-        sharding = shardings if shardings is None or hasattr(shardings, "device_set") else _get(shardings, leaf.path)
-        if new_score and leaf.path[0] == "score":
-            values = np.random.default_rng(0).normal(0.0, cfg.initializer_range, leaf.tensor_shape)
-            flat[leaf.path] = _place({"score.weight": values}.__getitem__, leaf, DTYPES[dtype], sharding)
-        else:
-            flat[leaf.path] = _place(source.read, leaf, DTYPES[dtype], sharding)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        for leaf in leaves:
+            sharding = _get(shardings, leaf.path) if isinstance(shardings, Mapping) else shardings
+            flat[leaf.path] = _place(source, leaf, DTYPES[dtype], sharding, pool)
     return cfg, _nest(flat)
 
 
@@ -230,61 +220,104 @@ def _check(source: _Source, cfg: ModelConfig, leaves: Iterable[_Leaf], *, new_sc
         )
     tied, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if tied in optional and tied in source.shapes and not new_score:
-        same = source.shapes[tied] == source.shapes[embedding]
-        if not same or not np.array_equal(source.read(tied), source.read(embedding)):
+        rows = safetensors_file.row_ranges(source.shapes[embedding], [(0, source.shapes[embedding][0])])
+        if source.shapes[tied] != source.shapes[embedding] or not all(
+            np.array_equal(source.read(tied, *some), source.read(embedding, *some)) for some in rows
+        ):
             raise ValueError(
                 f"{source.where}: config says tie_word_embeddings, but {tied} differs from {embedding}; set "
                 "tie_word_embeddings to false in config.json if the head has its own weights"
             )
 
 
-def _fill(read: Callable[[str], np.ndarray], leaf: _Leaf, dtype: np.dtype, indices: Sequence[Any]) -> list[np.ndarray]:
-    """The parts of one leaf at `indices` (tuples of slices over its shape), each tensor being read once."""
-    bounds = [tuple(part.indices(n) for part, n in zip(index, leaf.shape, strict=True)) for index in indices]
-    parts = [np.empty([len(range(*bound)) for bound in one], dtype) for one in bounds]
-    for layer, name in enumerate(leaf.names):
-        tensor = read(name)
-        values = tensor.T if leaf.transposed else tensor
-        for index, part in zip(indices, parts, strict=True):
-            if not leaf.stacked:
-                part[...] = values[index]
-            elif layer in (held := range(*index[0].indices(leaf.shape[0]))):
-                part[held.index(layer)] = values[index[1:]]
+def _with_score(source: _Source, cfg: ModelConfig) -> _Source:
+    """The source with a new score head."""
+    shape = (cfg.num_labels, cfg.hidden_size)
+    values = np.random.default_rng(0).normal(0.0, cfg.initializer_range, shape)
+
+    def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return values[start:stop] if name == "score.weight" else source.read(name, start, stop)
+
+    return source._replace(shapes={**source.shapes, "score.weight": shape}, read=read)
+
+
+def _fill(
+    source: _Source,
+    leaf: _Leaf,
+    dtype: np.dtype,
+    bounds: Sequence[tuple[tuple[int, int], ...]],
+    pool: concurrent.futures.Executor,
+) -> list[np.ndarray]:
+    """The parts of one leaf within `bounds` ((start, stop) in each of its dimensions), each row being read once."""
+    parts = [np.empty([stop - start for start, stop in bound], dtype) for bound in bounds]
+
+    def in_tensor(layer: int) -> Iterator[tuple[np.ndarray, tuple[tuple[int, int], ...]]]:
+        """What goes into a layer's tensor of each part that has that layer: a view, and its bounds in HF's layout."""
+        for part, bound in zip(parts, bounds, strict=True):
+            if leaf.stacked:
+                (first, last), *bound = bound
+                if not first <= layer < last:
+                    continue
+                part = part[layer - first]
+            yield (part.T, tuple(bound[::-1])) if leaf.transposed else (part, tuple(bound))
+
+    def fill(layer: int, start: int, stop: int) -> None:
+        rows = source.read(leaf.names[layer], start, stop)
+        for part, ((first, last), *others) in in_tensor(layer):
+            begin, end = max(start, first), min(stop, last)
+            if begin < end:
+                columns = tuple(slice(*bound) for bound in others)
+                part[begin - first : end - first] = rows[(slice(begin - start, end - start), *columns)]
+
+    tasks = []
+    for layer in range(len(leaf.names)):
+        wanted = [bound[0] for _, bound in in_tensor(layer)]
+        tasks += [(layer, *rows) for rows in safetensors_file.row_ranges(leaf.tensor_shape, wanted)]
+    for done in [pool.submit(fill, *task) for task in tasks]:
+        done.result()
     return parts
 
 
-def _place(read: Callable[[str], np.ndarray], leaf: _Leaf, dtype: np.dtype, sharding: Any) -> jax.Array:
+def _place(
+    source: _Source, leaf: _Leaf, dtype: np.dtype, sharding: Any, pool: concurrent.futures.Executor
+) -> jax.Array:
     """Reads one leaf and puts it where `sharding` says."""
     if sharding is None:
-        (whole,) = _fill(read, leaf, dtype, [tuple(slice(0, n) for n in leaf.shape)])
+        (whole,) = _fill(source, leaf, dtype, [tuple((0, n) for n in leaf.shape)], pool)
         return jax.device_put(whole)
-    devices: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        key = tuple(part.indices(n) for part, n in zip(index, leaf.shape, strict=True))
+        key = tuple(part.indices(n)[:2] for part, n in zip(index, leaf.shape, strict=True))
         devices.setdefault(key, []).append(device)
-    parts = _fill(read, leaf, dtype, [tuple(slice(*bound) for bound in key) for key in devices])
+    parts = _fill(source, leaf, dtype, list(devices), pool)
     arrays = []
     for group in devices.values():
         part = parts.pop(0)
         arrays += [jax.device_put(part, device) for device in group]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+    # Waiting lets go of the leaf on the host before the next one is read.
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays))
 
 
 def save(
     folder: PathLike,
     cfg: ModelConfig,
-    params: Mapping[str, Any],
+    params: Mapping[str, Any] | Callable[[tuple[str, ...]], Any],
     *,
     tokenizer_from: Any = None,
     generation_from: PathLike | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
-) -> Path:
-    """Writes a folder that transformers opens, reads it back, and compares every bit; only then does it appear.
+) -> Path | epath.Path:
+    """Writes a folder that transformers opens and reads back every bit of it; only then does the model appear.
+
+    With several processes all of them call it: each writes every n-th weight file, a few megabytes at a time, to a disk
+    that all share or a bucket. On a disk an earlier model there is replaced when the new one is complete; in a bucket,
+    which knows no renaming, it is deleted first and config.json is written last: a folder without it is no model.
 
     Args:
-      folder: where; an earlier model there is replaced once the new one is complete.
-      params: the tree of `models.declare(cfg)`, wholly on this process's devices. One leaf at a time comes to the host.
+      folder: where.
+      params: the tree of `models.declare(cfg)`, on whatever devices; or what gives the leaf at a path, for weights that
+        are not in memory. They are asked for in order and not kept.
       tokenizer_from: a model (see `resolve`) whose tokenizer files go along, or a transformers tokenizer.
       generation_from: a model whose generation_config.json is continued; by default `tokenizer_from` if that is a path.
       dtype: of the tensors; by default the source checkpoint's, `cfg.dtype`.
@@ -297,43 +330,37 @@ def save(
       ValueError: params that are not those of `cfg`; a folder that holds something else; a copy that reads back
         otherwise.
     """
-    target = Path(folder).expanduser()
+    target = paths.at(folder)
     dtype = dtype or cfg.dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}, expected at least 1")
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").exists())):
-        raise ValueError(f"{target} exists and is no model folder; choose another folder or remove it")
+    _check_target(target)
     cfg = dataclasses.replace(cfg, dtype=dtype)
     leaves = _leaves(cfg)
-    _check_params(cfg, params, leaves)
+    if isinstance(params, Mapping):
+        _check_params(cfg, params, leaves)
+        params = functools.partial(_get, params)
     if generation_from is None and isinstance(tokenizer_from, str | os.PathLike):
         generation_from = tokenizer_from
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Fixed names: what a killed export left behind is cleared away, or put back, by the next.
-    temporary, old = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.old"
-    if old.exists() and not target.exists():
-        os.rename(old, target)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        write_json(temporary / "config.json", config_to_hf(cfg))
-        shapes = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
-        tensors = itertools.chain.from_iterable(
-            _host_tensors(leaf, _get(params, leaf.path), DTYPES[dtype]) for leaf in leaves
-        )
-        safetensors_file.write(temporary, shapes, tensors, DTYPES[dtype], max_shard_bytes)
-        tokenizer = None
-        if tokenizer_from is not None:
-            _write_tokenizer(temporary, tokenizer_from)
-            tokenizer = load_tokenizer(temporary)
-        write_json(temporary / "generation_config.json", _generation_config(cfg, tokenizer, generation_from))
-        _verify(temporary, cfg, params, leaves, DTYPES[dtype])
-        _swap(temporary, target, old)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    tensors = {
+        name: gather.Tensor(leaf.path, layer if leaf.stacked else None, leaf.transposed, leaf.tensor_shape)
+        for leaf in leaves
+        for layer, name in enumerate(leaf.names)
+    }
+    shards = safetensors_file.plan({name: one.shape for name, one in tensors.items()}, DTYPES[dtype], max_shard_bytes)
+    first = jax.process_index() == 0
+    with tempfile.TemporaryDirectory() as small, _place_to_write(target, first) as place:
+        if first:  # what is quick and may fail comes before the weights
+            _write_small_files(Path(small), cfg, tokenizer_from, generation_from)
+        _write_weights(place, params, tensors, shards, DTYPES[dtype])
+        if first:
+            safetensors_file.write_index(place, shards, DTYPES[dtype])
+            _check(_Source(place, *safetensors_file.open_folder(place)), cfg, leaves, new_score=False)
+            for file in sorted(Path(small).iterdir(), key=lambda file: file.name == "config.json"):
+                paths.replace(place / file.name, file.read_bytes())
     return target
 
 
@@ -347,11 +374,6 @@ def _check_params(cfg: ModelConfig, params: Mapping[str, Any], leaves: Iterable[
                 walk(value, (*path, key))
             else:
                 given[(*path, key)] = tuple(value.shape)
-                if isinstance(value, jax.Array) and not value.is_fully_addressable:
-                    raise ValueError(
-                        f"params leaf {'/'.join((*path, key))} lies partly on other processes; export from a "
-                        "checkpoint on one host (python -m jaxalign.export)"
-                    )
 
     walk(params, ())
     missing = ["/".join(path) for path in declared if path not in given]
@@ -368,54 +390,99 @@ def _check_params(cfg: ModelConfig, params: Mapping[str, Any], leaves: Iterable[
         )
 
 
-def _host_tensors(leaf: _Leaf, value: Any, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The tensors of one leaf in HF's layout and in `dtype`, in the order of its names."""
-    host = np.asarray(value)
-    for layer in range(len(leaf.names)):
-        tensor = host[layer] if leaf.stacked else host
-        yield np.ascontiguousarray((tensor.T if leaf.transposed else tensor).astype(dtype))
+def _check_target(target: Path | epath.Path) -> None:
+    """Raises ValueError if something is at `target` that is no model."""
+    if not target.exists() or (target / "config.json").exists():
+        return
+    if not target.is_dir() or any(not _OF_A_MODEL.fullmatch(file.name) for file in target.iterdir()):
+        raise ValueError(f"{target} exists and is no model folder; choose another folder or remove it")
 
 
-def _verify(
-    folder: Path, cfg: ModelConfig, params: Mapping[str, Any], leaves: Sequence[_Leaf], dtype: np.dtype
-) -> None:
-    """Opens what was written as any reader would, and compares it with `params`.
+@contextlib.contextmanager
+def _place_to_write(target: epath.Path, first: bool) -> Iterator[epath.Path]:
+    """The empty folder to write to, which is `target` itself in a bucket; on a disk it gets that name at the end.
+
+    Every process enters and leaves it; the `first` one does what has to be done once.
+    """
+    if paths.is_remote(target):
+        if first and target.exists():  # config.json goes first: from then on there is no model
+            for file in sorted(target.iterdir(), key=lambda file: file.name != "config.json"):
+                if _OF_A_MODEL.fullmatch(file.name):
+                    file.unlink()
+        gather.wait_for_all("export begins")
+        yield target
+        gather.wait_for_all("export ends")
+        return
+    # Fixed names: what a killed export left behind is cleared away, or put back, by the next.
+    temporary, old = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.old"
+    try:
+        if first:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if old.exists() and not target.exists():
+                os.rename(old, target)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        gather.wait_for_all("export begins")
+        if not temporary.exists():
+            raise ValueError(
+                f"{temporary}, made by process 0, is not seen by process {jax.process_index()}: the "
+                "processes of a run write to a disk that all of them share, or to a bucket (gs://)"
+            )
+        yield temporary
+        if first:
+            _swap(temporary, target, old)
+        gather.wait_for_all("export ends")
+    finally:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_small_files(folder: Path, cfg: ModelConfig, tokenizer_from: Any, generation_from: PathLike | None) -> None:
+    """Writes config, tokenizer and generation config.
 
     Raises:
-      ValueError: config, a header or a bit differs.
+      ValueError: no tokenizer there, or a config that can't be said in config.json.
     """
-    from safetensors import safe_open
-
+    write_json(folder / "config.json", config_to_hf(cfg))
+    tokenizer = None
+    if tokenizer_from is not None:
+        write_tokenizer(folder, tokenizer_from)
+        tokenizer = load_tokenizer(folder)
+    write_json(folder / "generation_config.json", generation_config(cfg, tokenizer, generation_from))
     written = read_config(folder)
-    how = {"compute_dtype", "remat"}
     for field in dataclasses.fields(cfg):
-        if field.name not in how and getattr(written, field.name) != getattr(cfg, field.name):
+        if field.name not in _HOW_IT_IS_RUN and getattr(written, field.name) != getattr(cfg, field.name):
             raise ValueError(
                 f"config.json reads back {field.name} = {getattr(written, field.name)!r}, written was "
                 f"{getattr(cfg, field.name)!r}: this config can't be said in a {cfg.model_type} config.json"
             )
-    seen: set[str] = set()
-    shapes = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
-    for file in safetensors_file.weight_files(folder):
-        with safe_open(file, framework="numpy") as opened:
-            for name in opened.keys():  # safe_open is no mapping
-                part = opened.get_slice(name)
-                got = (tuple(part.get_shape()), part.get_dtype())
-                if name in seen or got != (shapes.get(name), safetensors_file.NAMES[dtype]):
-                    raise ValueError(f"{file} reads back {name} as {got}, expected {shapes.get(name)} {dtype}, once")
-                seen.add(name)
-    if seen != shapes.keys():
-        raise ValueError(f"{folder} reads back without {listed(sorted(shapes.keys() - seen))}")
-    source = _open_source(folder, cfg)
-    bits = _UNSIGNED[dtype.itemsize]
-    for leaf in leaves:
-        tensors = _host_tensors(leaf, _get(params, leaf.path), dtype)
-        for name, tensor in zip(leaf.names, tensors, strict=True):
-            if not np.array_equal(source.read(name).view(bits), tensor.view(bits)):
-                raise ValueError(f"{folder}: tensor {name} reads back with other values than were written")
 
 
-def _swap(new: Path, target: Path, old: Path) -> None:
+def _write_weights(
+    place: epath.Path,
+    params: Callable[[tuple[str, ...]], Any],
+    tensors: Mapping[str, gather.Tensor],
+    shards: Sequence[safetensors_file.Shard],
+    dtype: np.dtype,
+) -> None:
+    """Writes this process's share of the weight files and reads it back; returns when all processes have.
+
+    Raises:
+      ValueError: what is read is not what was written.
+    """
+    n = jax.process_count()
+    writers = [[name for shard in shards[process::n] for name in shard.shapes] for process in range(n)]
+    shard_of = {name: shard for shard in shards for name in shard.shapes}
+    blocks = gather.stream(params, tensors, writers, dtype)
+    written = []
+    for shard, own in itertools.groupby(blocks, key=lambda block: shard_of[block[0]]):
+        written.append((shard, safetensors_file.write(place, shard, dtype, own)))
+    for shard, sums in written:
+        safetensors_file.verify(place, shard, dtype, sums)
+    gather.wait_for_all("export written")
+
+
+def _swap(new: epath.Path, target: epath.Path, old: epath.Path) -> None:
     """Puts the finished folder in place; an earlier one is moved aside to `old` first and removed last."""
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -429,113 +496,6 @@ def _swap(new: Path, target: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_tokenizer(path: PathLike, *, chat_template: str | None = None) -> Any:
-    """The model's tokenizer, as a transformers fast tokenizer. Code from the folder is never run.
-
-    Args:
-      path: see `resolve`; a GGUF's tokenizer is built from its metadata.
-      chat_template: a Jinja template, or a file that holds one, in place of the model's own.
-
-    Raises:
-      ValueError: no tokenizer there, or one that can't be read without running code from the folder.
-    """
-    where = resolve(path)
-    # transformers would advise, when first imported, to install torch, which jaxalign never needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if where.is_file():
-        tokenizer = gguf_file.load_tokenizer(gguf_file.open_file(where))
-    else:
-        if not any((where / name).exists() for name in TOKENIZER_FILES):
-            raise ValueError(f"{where} holds no tokenizer; expected tokenizer.json and tokenizer_config.json")
-        for name in TOKENIZER_FILES:
-            inside(where, name)
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(where), trust_remote_code=False, local_files_only=True)
-        except Exception as error:
-            raise ValueError(f"{where}: the tokenizer can't be read: {first_line(error)}") from error
-    if chat_template is not None:
-        is_file = "{" not in chat_template and Path(chat_template).is_file()
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8") if is_file else chat_template
-    return tokenizer
-
-
-def _write_tokenizer(folder: Path, tokenizer_from: Any) -> None:
-    if isinstance(tokenizer_from, str | os.PathLike):
-        where = resolve(tokenizer_from)
-        if where.is_dir():
-            names = [name for name in TOKENIZER_FILES if (where / name).exists()]
-            if not names:
-                raise ValueError(f"{where} holds no tokenizer to export; expected tokenizer.json")
-            for name in names:
-                shutil.copyfile(inside(where, name), folder / name)
-            return
-        tokenizer_from = load_tokenizer(where)
-    tokenizer_from.save_pretrained(str(folder))
-    # transformers 4 knows this class under its older name only, and 5 still takes that.
-    file = folder / "tokenizer_config.json"
-    config = read_json(file)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        write_json(file, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token with which the chat template ends an answer (<|im_end|>, <|eot_id|>, </s>), or None."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    import jinja2
-
-    answer = "jaxalign-answer"
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError):  # a template may refuse such turns; then it names no end
-        return None
-    _, found, rest = text.rpartition(answer)
-    if not found:
-        return None
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    ids = tokenizer.encode(rest, add_special_tokens=False)
-    return next((index for index in ids if index in special and index != tokenizer.bos_token_id), None)
-
-
-def stop_ids(cfg: ModelConfig, tokenizer: Any = None, path: PathLike | None = None) -> tuple[int, ...]:
-    """The ids that end a generation: those of the config, of generation_config.json at `path`, and of the tokenizer.
-
-    The tokenizer gives its end of sequence and the token with which its chat template ends an answer.
-    """
-    ids = list(cfg.eos_token_id)
-    if path is not None:
-        ids += token_ids(_source_generation_config(path).get("eos_token_id"), "eos_token_id")
-    if tokenizer is not None:
-        ids += [one for one in (tokenizer.eos_token_id, end_of_turn(tokenizer)) if one is not None]
-    return tuple(dict.fromkeys(ids))
-
-
-def _source_generation_config(path: PathLike) -> dict[str, Any]:
-    where = resolve(path)
-    if where.is_file() or not (where / "generation_config.json").exists():
-        return {}
-    return read_json(inside(where, "generation_config.json"))
-
-
-def _generation_config(cfg: ModelConfig, tokenizer: Any, source: PathLike | None) -> dict[str, Any]:
-    ignored = {"transformers_version", "_from_model_config", "auto_map"}
-    kept = {} if source is None else _source_generation_config(source)
-    stops = list(stop_ids(cfg, tokenizer, source))
-    pad = cfg.pad_token_id
-    if pad is None:
-        pad = getattr(tokenizer, "pad_token_id", None)
-    own = dict(
-        bos_token_id=cfg.bos_token_id,
-        eos_token_id=(stops[0] if len(stops) == 1 else stops) if stops else None,
-        pad_token_id=pad,
-    )
-    return {key: value for key, value in kept.items() if key not in ignored} | own
-
-
 def fingerprint(path: PathLike, *, whole_below: int = 10**9) -> str:
     """A hexadecimal digest of a model's config and weights, whatever its path.
 
@@ -547,17 +507,18 @@ def fingerprint(path: PathLike, *, whole_below: int = 10**9) -> str:
     """
     where = resolve(path)
     digest = hashlib.sha256()
-    files = [where] if where.is_file() else [inside(where, "config.json"), *safetensors_file.weight_files(where)]
+    files = [where] if is_gguf(where) else [inside(where, "config.json"), *safetensors_file.weight_files(where)]
     block = 1 << 20
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{'' if where.is_file() else file.name}:{size}\n".encode())
-        with open(file, "rb") as stream:
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        for file in files:
+            size = paths.size(file)
+            digest.update(f"{'' if is_gguf(where) else file.name}:{size}\n".encode())
             if size <= whole_below:
-                while chunk := stream.read(block):
-                    digest.update(chunk)
-                continue
-            for number in range(65):
-                stream.seek(number * max(size - block, 0) // 64)
-                digest.update(stream.read(block))
+                starts = range(0, size, block)
+            else:
+                starts = [number * max(size - block, 0) // 64 for number in range(65)]
+            ranges = [(file, start, min(block, size - start)) for start in starts]
+            for begin in range(0, len(ranges), THREADS):  # the others wait, or the whole file would be in memory
+                for content in pool.map(lambda part: paths.read_range(*part), ranges[begin : begin + THREADS]):
+                    digest.update(content)
     return digest.hexdigest()

@@ -32,7 +32,7 @@ class _Layout(NamedTuple):
     rows: Any
     time: Any
     vocab: tuple[str, ...]  # the head's slices
-    gather: tuple[str, ...]  # the part of `vocab` over which rows are split too: their tokens are gathered
+    gather: tuple[str, ...]  # the part of `vocab` over which tokens are split too: they are gathered
     everywhere: tuple[str, ...]
     chunk: int  # tokens of one device in a chunk
 
@@ -146,7 +146,7 @@ def _layout(table_VD: jax.Array, n_rows: int, n_time: int, chunk_tokens: int | N
     vocab: tuple[str, ...] = () if mesh is None else vocab_axes(table_VD, mesh)
     rows = None if mesh is None else sharding.fit(n_rows, sharding.ROWS, mesh)
     time = None if mesh is None else sharding.fit(n_time, "sequence", mesh)
-    gather = tuple(axis for axis in vocab if rows and axis in rows)
+    gather = tuple(axis for axis in vocab if (rows and axis in rows) or axis == time)
     chunk = chunk_tokens or max(CHUNK_BYTES // 4 * sharding.axis_size(vocab) // table_VD.shape[0] // 128, 1) * 128
     n_local = n_rows // sharding.axis_size(rows) * (n_time // sharding.axis_size(time))
     own = min(max(chunk // sharding.axis_size(gather), 1), n_local)

@@ -4,19 +4,22 @@ Inside jit a metric is a sum and its weight (or an extreme), never a mean: means
 `reduce`. Names are TRL's; evaluation's begin with `eval_`; what may differ between equal runs stands under `time/`.
 """
 
+import concurrent.futures
+import io
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+
+from jaxalign import paths
 
 if TYPE_CHECKING:
     from jaxalign.models.config import ModelConfig
@@ -87,9 +90,48 @@ COMPLETIONS_FILE = "completions.jsonl"
 STEP_FILES = (METRICS_FILE, COMPLETIONS_FILE)
 """Files of a run whose lines each belong to a step: cut back to the restored step when a run resumes."""
 
+UPLOAD_SECONDS = 30.0
+"""How old a line may become before it is sent to a bucket."""
+
+
+class _LineFile:
+    """A file that grows by lines. On disk a line is there when `append` returns.
+
+    What lies in a bucket can't be appended to: its lines are kept here, and `upload` writes the object anew.
+    """
+
+    def __init__(self, path: epath.Path, content: bytes):
+        """Begin with `content`, in place of what is there."""
+        self.path, self.size = path, len(content)
+        paths.replace(path, content)
+        self._remote = bytearray(content) if paths.is_remote(path) else None
+        self._uploaded = self.size
+        self._local = None if self._remote is not None else open(path, "ab")
+
+    def append(self, line: bytes) -> None:
+        # One write of the whole line: a kill leaves at most a last line without its end, which `whole_lines` removes.
+        if self._local is not None:
+            self._local.write(line)
+            self._local.flush()
+        if self._remote is not None:
+            self._remote += line
+        self.size += len(line)
+
+    def upload(self) -> None:
+        if self._remote is not None and self.size != self._uploaded:
+            content = bytes(self._remote)
+            paths.replace(self.path, content)
+            self._uploaded = len(content)
+
+    def close(self) -> None:
+        if self._local is not None:
+            self._local.close()
+
 
 class MetricsWriter:
     """Writes a run's metrics.jsonl and completions.jsonl, one line at a time, each on disk when the call returns.
+
+    In a bucket the lines are there after `flush`, or when the first of them is about `UPLOAD_SECONDS` old.
 
     A metrics line is `{"step": n, name: value, ...}`. A float is written with as many digits as give the same bits when
     read again; one that JSON has no number for is "NaN", "Infinity" or "-Infinity" (protobuf's convention;
@@ -98,9 +140,10 @@ class MetricsWriter:
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: paths.PathLike,
         *,
         start_step: int | None = None,
+        sizes: Mapping[str, int] | None = None,
         tensorboard: bool = False,
         active: bool = True,
     ) -> None:
@@ -110,21 +153,30 @@ class MetricsWriter:
           folder: the run's folder; made if needed.
           start_step: the step that the run resumes from: later lines, and one cut off by a crash, are removed. None: a
             new run, whose files begin empty.
+          sizes: what `sizes` gave at that step: what was written after is removed.
           tensorboard: write TensorBoard's event files to `<folder>/tensorboard` too.
           active: False makes every call do nothing (all processes but the first).
 
         Raises:
-          ValueError: tensorboard is wanted and tensorboardX is not installed.
+          ValueError: tensorboard is wanted and tensorboardX is not installed; a file is not what a run wrote.
         """
-        self._folder = Path(folder)
-        self._files: dict[str, TextIO] = {}
+        self._folder = paths.at(folder)
+        self._files: dict[str, _LineFile] = {}
+        self._uploader: concurrent.futures.ThreadPoolExecutor | None = None
+        self._upload: concurrent.futures.Future[None] | None = None
+        self._uploaded_at = time.monotonic()
         self._tensorboard: Any = None
         if not active:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(self._folder)
+        kept = {name: b"" for name in STEP_FILES}
         for name in STEP_FILES:
-            truncate(self._folder / name, -math.inf if start_step is None else start_step)
-            self._files[name] = open(self._folder / name, "a", encoding="utf-8")
+            path = self._folder / name
+            if start_step is not None and path.exists():
+                kept[name] = whole_lines(path.read_bytes()[: (sizes or {}).get(name)], start_step, path)
+        self._files = {name: _LineFile(self._folder / name, content) for name, content in kept.items()}
+        if paths.is_remote(self._folder):
+            self._uploader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="metrics")
         if tensorboard:
             self._tensorboard = _event_writer(self._folder / "tensorboard", start_step)
 
@@ -137,6 +189,10 @@ class MetricsWriter:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
+        if self._uploader is not None and time.monotonic() - self._uploaded_at > UPLOAD_SECONDS:
+            self._wait()
+            self._upload = self._uploader.submit(self._upload_all)
+            self._uploaded_at = time.monotonic()
 
     def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append one line for each completion: `{"step": n, ...}` with the row's own entries."""
@@ -145,11 +201,34 @@ class MetricsWriter:
         for row in rows:
             self._append(COMPLETIONS_FILE, {"step": step, **row})
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, with all lines so far; {} on a process that writes nothing."""
+        return {name: file.size for name, file in self._files.items()}
+
+    def flush(self) -> None:
+        """Returns when all lines so far are where others can read them."""
+        self._wait()
+        self._upload_all()
+        self._uploaded_at = time.monotonic()
+
+    def _upload_all(self) -> None:
+        for file in self._files.values():
+            file.upload()
+
+    def _wait(self) -> None:
+        """Returns when the upload under way is done; raises what it raised."""
+        if self._upload is not None:
+            upload, self._upload = self._upload, None
+            upload.result()
+
     def close(self) -> None:
         """Close the files; later calls do nothing."""
+        self.flush()
         for file in self._files.values():
             file.close()
         self._files = {}
+        if self._uploader is not None:
+            self._uploader.shutdown()
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
@@ -163,48 +242,39 @@ class MetricsWriter:
         self.close()
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        # One write of the whole line: a kill leaves at most a last line without its end, which `truncate` removes.
-        self._files[name].write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._files[name].flush()
+        self._files[name].append((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def truncate(path: Path, last_step: float) -> None:
-    """Keep the whole lines of a jsonl file whose step is at most `last_step`; a missing file stays missing.
-
-    The file is replaced in one move, so that a crash leaves either the old or the new one.
+def whole_lines(content: bytes, last_step: float, path: paths.PathLike) -> bytes:
+    """The whole lines of a jsonl file of a run whose step is at most `last_step`.
 
     Raises:
       ValueError: a line before the last can't be read: the file is not what a run wrote.
     """
-    if not path.exists():
-        return
-    lines = path.read_bytes().split(b"\n")
     kept = []
-    for number, line in enumerate(lines[:-1], 1):  # after the last newline: nothing, or a line that a crash cut off
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):  # the rest: nothing, or a line that a crash cut off
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} line {number} is no line of a run: {line[:100]!r}; move the file away") from error
         if step <= last_step:
             kept.append(line + b"\n")
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(b"".join(kept))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return b"".join(kept)
 
 
-def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, float]]:
+def read_metrics(folder: paths.PathLike) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl, every value a number again."""
-    lines = (Path(folder) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    return [{name: float(v) if isinstance(v, str) else v for name, v in json.loads(line).items()} for line in lines]
+    lines = _read_lines(paths.at(folder) / METRICS_FILE)
+    return [{name: float(v) if isinstance(v, str) else v for name, v in line.items()} for line in lines]
 
 
-def read_completions(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_completions(folder: paths.PathLike) -> list[dict[str, Any]]:
     """The lines of a run's completions.jsonl."""
-    with open(Path(folder) / COMPLETIONS_FILE, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    return _read_lines(paths.at(folder) / COMPLETIONS_FILE)
+
+
+def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def _number(value: float) -> float | int | str:
@@ -216,7 +286,7 @@ def _number(value: float) -> float | int | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _event_writer(folder: Path, start_step: int | None) -> Any:
+def _event_writer(folder: epath.Path, start_step: int | None) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
@@ -350,7 +420,7 @@ PANELS = (("loss", "Loss"), ("rewards/margins", "Reward margin"), ("rewards/accu
           ("grad_norm", "Gradient norm"))  # fmt: skip
 
 
-def plot(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
+def plot(folder: paths.PathLike, path: paths.PathLike | None = None) -> epath.Path:
     """Curves of a run's metrics.jsonl as a PNG: loss, margin, accuracy, gradient norm; training and evaluation.
 
     Args:
@@ -363,8 +433,9 @@ def plot(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = N
     lines = read_metrics(folder)
     panels = [(name, title) for name, title in PANELS if any(name in x or f"eval_{name}" in x for x in lines)]
     if not panels:
-        raise ValueError(f"{Path(folder) / METRICS_FILE} has none of {', '.join(name for name, _ in PANELS)}: no curve")
-    path = Path(folder) / "curves.png" if path is None else Path(path)
+        names = ", ".join(name for name, _ in PANELS)
+        raise ValueError(f"{paths.at(folder) / METRICS_FILE} has none of {names}: no curve")
+    target = paths.at(folder) / "curves.png" if path is None else paths.at(path)
 
     from matplotlib.figure import Figure  # a Figure without pyplot needs no display and leaves no global state
 
@@ -384,8 +455,10 @@ def plot(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = N
             axes.spines[side].set_color("#bbbbbb")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, facecolor="white")
-    return path
+    picture = io.BytesIO()
+    figure.savefig(picture, format=target.suffix[1:], facecolor="white")
+    paths.replace(target, picture.getvalue())
+    return target
 
 
 def _draw(axes: Any, lines: list[dict[str, float]], name: str) -> None:

@@ -59,12 +59,13 @@ class Pairwise:
         }
 
     def examples(self, params: models.Params, frozen: models.Params | None, batch: Batch) -> dict[str, jax.Array]:
-        """Per pair, [P] float32: `loss` (of the pair terms), rewards/*, logps/*, ref_logps/*, `chosen_tokens`.
+        """Per pair, [P] float32: `loss` (of the pair terms), rewards/*, logps/*, ref_logps/*, *_tokens.
 
-        `valid` (bool) is False for fillers.
+        `valid` (bool) is False for fillers. Where the policy's log-probs are known they come with the batch: `logps`.
         """
         del frozen
-        return self._examples(logprobs.score(self.cfg, params, batch)["logps"], batch)
+        logps_RT = batch["logps"] if "logps" in batch else logprobs.score(self.cfg, params, batch)["logps"]
+        return self._examples(logps_RT, batch)
 
     def total(self, examples: Mapping[str, Any]) -> float:
         """The loss of all `examples` together, as if they were one batch."""
@@ -133,6 +134,7 @@ class Pairwise:
             "ref_logps/chosen": ref_chosen,
             "ref_logps/rejected": ref_rejected,
             "chosen_tokens": chosen_tokens,
+            "rejected_tokens": rejected_tokens,
         }
         return {name: jnp.where(valid, x, 0.0) for name, x in values.items()} | {"valid": valid}
 

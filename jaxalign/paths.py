@@ -1,6 +1,14 @@
-"""Where models and data lie: folders, files, `package:NAME/FILE`, the Hugging Face hub; no path leaves its folder."""
+"""Where models, data and runs lie: folders and files here or in a bucket, `package:NAME/FILE`, the Hugging Face hub.
+
+A path is local or `gs://bucket/...`: `at` gives what both can do, `read_range` reads a part of a file without its rest,
+`replace` writes a file at one go. In a bucket nothing can be appended to or renamed, a file is seen when it is written
+whole, and folders are but parts of names.
+"""
 
 import difflib
+import functools
+import glob as glob_lib
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -10,16 +18,159 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from jaxalign.messages import first_line
 
 PathLike = str | os.PathLike[str]
+
+# epath prefers TensorFlow where it happens to be installed, which takes seconds to load and a GPU's memory.
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 # What a hub download takes: never pickles, never code.
 _DOWNLOAD_SMALL = ["*.json", "*.jinja", "*.txt", "*.model"]
 _DOWNLOAD_WEIGHTS = ["*.safetensors"]
 # Subfolders (original/, onnx/) and Mistral's consolidated copies hold the same weights again.
 _DOWNLOAD_NEVER = ["*/*", "consolidated*.safetensors"]
+_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", re.ASCII)
+
+
+def is_remote(path: PathLike) -> bool:
+    """Whether a path lies in a bucket."""
+    return os.fspath(path).startswith("gs://")
+
+
+def at(path: PathLike) -> epath.Path:
+    """A user's path, local (`~` expanded) or in a bucket, as an object with pathlib's methods.
+
+    Raises:
+      ValueError: another kind of URL, or what reads buckets is not installed.
+    """
+    text = os.fspath(path)
+    if is_remote(text):
+        _buckets()
+    elif _URL.match(text):
+        raise ValueError(f"{text!r}: expected a local path or gs://bucket/name")
+    return epath.Path(text).expanduser()
+
+
+@functools.cache
+def _buckets() -> Any:
+    """The file system of gs://, the same that epath uses."""
+    try:
+        import gcsfs  # noqa: F401
+    except ImportError as error:
+        raise ValueError('paths that begin with gs:// need gcsfs: pip install "jaxalign[gcs]"') from error
+    import fsspec
+
+    # Other processes write to the bucket too: a listing that is kept would hide it.
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    return fsspec.filesystem("gcs", finalize_on_close=True)
+
+
+def check_bucket(path: PathLike) -> None:
+    """Raises ValueError if a path's bucket is not there, or these credentials may not look into it."""
+    if not is_remote(path):
+        return
+    bucket = os.fspath(path).removeprefix("gs://").split("/")[0]
+    try:
+        _buckets().call("GET", "b/{}/o", bucket, maxResults=1)
+    except Exception as error:  # gcsfs, aiohttp and google-auth have kinds of their own
+        raise ValueError(
+            f"{path}: the bucket {bucket!r} can't be read ({type(error).__name__}: {first_line(error)}). Is that its "
+            "name, and may these credentials read it? (`gcloud auth application-default login`, or the rights of the "
+            "machine's service account)"
+        ) from error
+
+
+def size(path: PathLike) -> int:
+    """Bytes of a file; FileNotFoundError if it is not there."""
+    if is_remote(path):
+        return int(_buckets().info(os.fspath(path))["size"])
+    return os.stat(at(path)).st_size
+
+
+def read_range(path: PathLike, offset: int, size: int) -> bytes:
+    """`size` bytes of a file from `offset` on, without reading ahead.
+
+    Raises:
+      EOFError: the file ends before. FileNotFoundError: it is not there.
+    """
+    if size == 0:
+        return b""
+    if is_remote(path):
+        found = _buckets().cat_file(os.fspath(path), start=offset, end=offset + size)
+    else:
+        with open(at(path), "rb") as stream:
+            stream.seek(offset)
+            found = stream.read(size)
+    if len(found) != size:
+        raise EOFError(f"{path} ends after {offset + len(found)} bytes, expected {offset + size}")
+    return found
+
+
+def replace(path: PathLike, content: bytes) -> None:
+    """Writes a file at one go: whoever reads it, or a crash, finds the old content or the new one."""
+    if is_remote(path):
+        _buckets().pipe_file(os.fspath(path), content)
+        return
+    target = at(path)
+    temporary = target.with_name(f"{target.name}.{os.uname().nodename}-{os.getpid()}.tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, target)
+
+
+def glob(pattern: str) -> list[epath.Path]:
+    """The files that a pattern names (`*`, `?`, `[...]`, `**` for any folders), here or in a bucket, in order."""
+    if is_remote(pattern):
+        found = _buckets().glob(pattern, detail=True)
+        return sorted(at(f"gs://{name}") for name, info in found.items() if info["type"] == "file")
+    found = glob_lib.glob(os.path.expanduser(pattern), recursive=True)
+    return sorted(epath.Path(name) for name in found if os.path.isfile(name))
+
+
+def content_hash(path: PathLike) -> str:
+    """A hash of a file's content; in a bucket one that the store keeps, so that the file is not read for it."""
+    if is_remote(path):
+        info = _buckets().info(os.fspath(path))
+        # Composite objects have no MD5; a generation is never given twice.
+        return str(info.get("md5Hash") or f"{os.fspath(path)}#{info['generation']}")
+    with open(at(path), "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def upload(source: Path, target: PathLike) -> None:
+    """Copies a local file into a bucket."""
+    _buckets().put_file(str(source), os.fspath(target))
+
+
+def download(source: PathLike, target: Path) -> None:
+    """Copies a file of a bucket here."""
+    _buckets().get_file(os.fspath(source), str(target))
+
+
+def copy_folder(source: PathLike, target: PathLike, *, last: str) -> None:
+    """Copies a folder of a bucket to another place in it, inside the store; the file `last` when all else is there."""
+    files = [file.removeprefix("/") for file in _buckets().find(os.fspath(source))]
+    begin = len(os.fspath(source).removeprefix("gs://").rstrip("/")) + 1
+    for names in ([file for file in files if file[begin:] != last], [file for file in files if file[begin:] == last]):
+        _buckets().copy(names, [f"{os.fspath(target)}/{file[begin:]}" for file in names])
+
+
+def make_folder(path: PathLike, *, private: bool = False) -> epath.Path:
+    """Makes a folder and those above it where they are missing; in a bucket there is nothing to make.
+
+    Args:
+      private: only the user may look into it.
+    """
+    folder = at(path)
+    if not is_remote(path):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
+    return folder
 
 
 def in_package(path: str) -> Path:
@@ -57,8 +208,8 @@ def nearest(path: Path) -> str:
     return f"; did you mean {' or '.join(repr(str(folder / name)) for name in near)}?" if near else ""
 
 
-def find_model(path: PathLike, check: Callable[[Path], object]) -> Path:
-    """The folder or .gguf file that `path` names (see `hf.resolve`).
+def find_model(path: PathLike, check: Callable[[Path], object]) -> Path | epath.Path:
+    """The folder or .gguf file that `path` names (see `hf.resolve`); an epath.Path if it is a folder in a bucket.
 
     `check` is called with the folder of a hub model's small files, before gigabytes are fetched; it may raise.
     """
@@ -66,6 +217,14 @@ def find_model(path: PathLike, check: Callable[[Path], object]) -> Path:
     if text.startswith("package:"):
         found = in_package(text)
         return found if found.is_file() else _in_folder(found, text)
+    if is_remote(text):
+        folder = at(text)
+        if (folder / "config.json").exists():
+            return folder
+        raise ValueError(
+            f"model path {text!r}: there is no {folder / 'config.json'}, or these credentials may not see it; expected "
+            "a folder with config.json and safetensors (a .gguf file is read from disk: copy it here)"
+        )
     local = Path(text).expanduser()
     if local.is_dir():
         return _in_folder(local, text)
@@ -77,7 +236,7 @@ def find_model(path: PathLike, check: Callable[[Path], object]) -> Path:
         return _download(text, check)
     raise ValueError(
         f"model path {text!r} does not exist here and is no hub id; expected a folder with config.json and "
-        "safetensors, a .gguf file, package:NAME, or a hub id organisation/name"
+        "safetensors (here or gs://...), a .gguf file, package:NAME, or a hub id organisation/name"
     )
 
 
@@ -134,37 +293,39 @@ def _snapshot(hub_id: str, patterns: list[str]) -> Path:
         ) from error
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: Path | epath.Path, name: str) -> Path | epath.Path:
     """A file of a model folder; refuses names and links that leave it.
 
-    The hub cache links `snapshots/<revision>/<file>` to `../../blobs/<hash>`: those links are followed, no others.
+    The hub cache links `snapshots/<revision>/<file>` to `../../blobs/<hash>`: those links are followed, no others. A
+    bucket has no links.
     """
     if not name or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
         raise ValueError(f"{folder}: file name {name!r} leaves the folder; refused")
-    target = (folder / name).resolve()
-    limits = [folder] + ([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])
+    if is_remote(folder):
+        return folder / name
+    target = (Path(folder) / name).resolve()
+    limits = [Path(folder)] + ([Path(folder).parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])
     if not any(target.is_relative_to(limit.resolve()) for limit in limits):
         raise ValueError(f"{folder / name} is a link to {target}, outside the folder; refused. Copy the file into it")
     return folder / name
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: PathLike) -> dict[str, Any]:
     """The JSON object in a file; ValueError if it is missing, empty or something else."""
+    text = ""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        text = at(file).read_text()
+        value = json.loads(text)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} is missing; download or export the model again") from error
     except (ValueError, OSError) as error:
-        size = file.stat().st_size if file.exists() else None
-        state = "is missing" if size is None else "is empty (0 bytes)" if size == 0 else f"is no valid JSON: {error}"
+        state = f"is no valid JSON: {error}" if text else "is empty (0 bytes)"
         raise ValueError(f"{file} {state}; download or export the model again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a {type(value).__name__}, expected a JSON object")
     return value
 
 
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
+def write_json(file: PathLike, value: Mapping[str, Any]) -> None:
     """Writes a JSON file and has it on the disk before it returns."""
-    with open(file, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, sort_keys=True, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    replace(file, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())

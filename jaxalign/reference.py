@@ -4,19 +4,19 @@ Letters: R rows, T time.
 """
 
 import hashlib
+import io
 import json
 import logging
-import os
 import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from jaxalign import logprobs, models, sharding, step
+from jaxalign import logprobs, models, paths, sharding, step
 from jaxalign.data.batching import FILLER, EvalBatches
 from jaxalign.data.sources import Prepared
 from jaxalign.models.config import ModelConfig
@@ -94,7 +94,7 @@ class Cached:
         return slice(*self._offsets[2 * pair + row % 2 : 2 * pair + row % 2 + 2])
 
 
-def cache_file(folder: Path, *, model: str, prepared: Prepared, cfg: ModelConfig) -> Path:
+def cache_file(folder: epath.Path, *, model: str, prepared: Prepared, cfg: ModelConfig) -> epath.Path:
     """Where the log-probs lie; another model, data, template, length or dtype is another file."""
     identity = [VERSION, model, prepared.fingerprint, prepared.meta["max_length"], cfg.compute_dtype]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
@@ -102,7 +102,7 @@ def cache_file(folder: Path, *, model: str, prepared: Prepared, cfg: ModelConfig
 
 
 def cached(
-    path: Path,
+    path: epath.Path,
     prepared: Prepared,
     score: Score,
     params: Callable[[], models.Params],
@@ -144,35 +144,44 @@ def cached(
                 span = result.span(pair, row)
                 result.logps[span] = logps_RT[row, : span.stop - span.start]
         on_progress(n + 1, len(batches))
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}")  # processes may share the folder
-    with open(temporary, "wb") as file:
-        np.savez(file, logps=result.logps)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    np.savez(content, logps=result.logps)
+    keep(path, content.getvalue())
     return result
 
 
-def _read(path: Path, total: int) -> np.ndarray | None:
+def keep(path: epath.Path, content: bytes) -> None:
+    """Writes a file of the cache, the same on every process."""
+    if jax.process_index() == 0 or not paths.is_remote(path):  # a local folder may be each process's own
+        paths.make_folder(path.parent, private=True)
+        paths.replace(path, content)
+
+
+def _read(path: epath.Path, total: int) -> np.ndarray | None:
     """The log-probs in a cache file, checked by its CRC; None unless every process has one.
 
     Raises:
       ValueError: the file is there, but is not what was written (it names the file to delete).
     """
-    there = path.exists()
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        there = bool(multihost_utils.process_allgather(np.array(there)).all())
-    if not there:
+    if not is_everywhere(path):
         return None
     try:
-        with np.load(path) as file:
+        with path.open("rb") as stream, np.load(stream) as file:
             logps = file["logps"]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and start again") from error
     if logps.shape != (total,) or logps.dtype != np.float32:
         raise ValueError(f"{path} holds {logps.dtype} {logps.shape}, expected float32 ({total},); delete it")
     return logps
+
+
+def is_everywhere(path: epath.Path) -> bool:
+    """Whether every process finds the file; what follows may be a collective."""
+    if jax.process_count() == 1:
+        return path.exists()
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(path.exists())).all())
 
 
 def place(mesh: Any, batch: Mapping[str, np.ndarray], n_rows: int) -> dict[str, jax.Array]:

@@ -1,18 +1,24 @@
-"""Safetensors files of a model folder: one, or several with an index; read in place, written as a stream."""
+"""Safetensors files of a model folder: one, or several with an index; read by byte range, written as a stream."""
 
+import concurrent.futures
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
+from jaxalign import paths
 from jaxalign.messages import listed
 from jaxalign.paths import inside, read_json, write_json
+
+Folder = Path | epath.Path
 
 DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -25,10 +31,20 @@ NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in _BY_NAME.items()
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+THREADS = 16
+"""Reads at once: a bucket answers each after tens of milliseconds, however small it is."""
+READ_BYTES = 8 << 20
+"""Of a tensor that a thread has on the host at once, counted as float32."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def weight_files(folder: Path) -> list[Path]:
+class ReadRows(Protocol):
+    """Reads rows [start, stop) of a tensor (its first dimension; all of them by default) and nothing else."""
+
+    def __call__(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
+
+
+def weight_files(folder: Folder) -> list[Folder]:
     """The safetensors files of a folder: model.safetensors, or all that the index names."""
     single, index = folder / WEIGHTS, folder / INDEX
     if index.exists():
@@ -42,7 +58,7 @@ def weight_files(folder: Path) -> list[Path]:
         if missing:
             raise ValueError(f"{index} names files that are not in the folder: {listed(missing)}; download them again")
         return files
-    if single.exists() or single.is_symlink():
+    if single.exists() or (not paths.is_remote(folder) and os.path.islink(single)):
         return [inside(folder, WEIGHTS)]
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     if len(others) == 1:
@@ -58,16 +74,19 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} has no {WEIGHTS} and no {INDEX}")
 
 
-def open_folder(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
-    """The shapes of a folder's tensors by their names in HF, and what reads one: a view of the file, read lazily.
+def open_folder(folder: Folder) -> tuple[dict[str, tuple[int, ...]], ReadRows]:
+    """The shapes of a folder's tensors by their names in HF, and what reads rows of one.
 
     Raises:
       ValueError: no weights but pickles, a damaged file, or files that the index does not describe.
     """
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     duplicates: dict[str, list[str]] = {}
-    for file in weight_files(folder):
-        for name, tensor in _read_header(file).items():
+    files = weight_files(folder)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        headers = list(pool.map(read_header, files))
+    for file, header in zip(files, headers, strict=True):
+        for name, tensor in header.items():
             if name in tensors:
                 duplicates.setdefault(name, [tensors[name].file.name]).append(file.name)
             tensors[name] = tensor
@@ -89,43 +108,61 @@ def open_folder(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str
             for name, tensor in tensors.items()
         }
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         tensor = tensors[name]
         if tensor.dtype not in _BY_NAME:
             raise ValueError(
                 f"{tensor.file}: tensor {name} is {tensor.dtype}, expected one of {', '.join(_BY_NAME)}; "
                 "quantised safetensors are not read"
             )
-        dtype = _BY_NAME[tensor.dtype]
-        return np.memmap(tensor.file, dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
+        return read_rows(tensor, start, stop)
 
     return {name: tensor.shape for name, tensor in tensors.items()}, read
 
 
-class _Tensor(NamedTuple):
+class Tensor(NamedTuple):
     """Where one tensor lies in a safetensors file."""
 
-    file: Path
+    file: Folder
     dtype: str
     shape: tuple[int, ...]
     offset: int
+
+
+def read_rows(tensor: Tensor, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Rows [start, stop) of a tensor whose dtype is one of DTYPES."""
+    dtype = _BY_NAME[tensor.dtype]
+    start, stop, _ = slice(start, stop).indices(tensor.shape[0])
+    row = dtype.itemsize * math.prod(tensor.shape[1:])
+    raw = paths.read_range(tensor.file, tensor.offset + start * row, (stop - start) * row)
+    return np.frombuffer(raw, dtype).reshape(stop - start, *tensor.shape[1:])
+
+
+def row_ranges(shape: Sequence[int], wanted: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The rows of a tensor that any of `wanted` [start, stop) names, each once, in ranges of READ_BYTES at most."""
+    most = max(1, READ_BYTES // (4 * math.prod(shape[1:])))
+    ranges, end = [], 0
+    for start, stop in sorted(wanted):
+        start = max(start, end)
+        ranges += [(begin, min(begin + most, stop)) for begin in range(start, stop, most)]
+        end = max(end, stop)
+    return ranges
 
 
 class _Duplicate(Exception):
     """Raised inside the JSON parser, which turns no ValueError into its own."""
 
 
-def _read_header(file: Path) -> dict[str, _Tensor]:
+def read_header(file: Folder) -> dict[str, Tensor]:
     """The tensors of one safetensors file; the file's size is checked against them."""
-    size = file.stat().st_size
+    size = paths.size(file)
     broken = f"{file} is cut short or no safetensors file ({size} bytes{{}}); download or export it again"
     if size < 8:
         raise ValueError(broken.format(""))
-    with open(file, "rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > size - 8:
-            raise ValueError(broken.format(f", header of {length}"))
-        raw = stream.read(length)
+    (length,) = struct.unpack("<Q", paths.read_range(file, 0, 8))
+    if length > size - 8:
+        raise ValueError(broken.format(f", header of {length}"))
+    raw = paths.read_range(file, 8, length)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
@@ -148,55 +185,92 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
         dtype = _BY_NAME.get(entry["dtype"])
         if dtype is not None and (begin < 0 or stop - begin != dtype.itemsize * math.prod(shape)):
             raise ValueError(f"{file}: tensor {name} of {entry['dtype']} {shape} has {stop - begin} bytes")
-        found[name] = _Tensor(file, entry["dtype"], shape, data + begin)
+        found[name] = Tensor(file, entry["dtype"], shape, data + begin)
         end = max(end, data + stop)
     if end != size:
         raise ValueError(broken.format(f", its header describes {end}"))
     return found
 
 
-def write(
-    folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    tensors: Iterable[np.ndarray],
-    dtype: np.dtype,
-    max_shard_bytes: int,
-) -> None:
-    """Writes `tensors`, in the order of `shapes`, to files of at most `max_shard_bytes` (a larger one has its own).
+class Shard(NamedTuple):
+    """A safetensors file to write: its name and its tensors' shapes, in the order in which they lie in it."""
 
-    The headers follow from the shapes, so the tensors may be made one at a time.
-    """
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    shards: list[list[str]] = [[]]
+    file: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def plan(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, max_shard_bytes: int) -> list[Shard]:
+    """Files of at most `max_shard_bytes` (a larger tensor has its own) for tensors in the order of `shapes`."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
-    for name, size in sizes.items():
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
         if shards[-1] and used + size > max_shard_bytes:
-            shards.append([])
+            shards.append({})
             used = 0
-        shards[-1].append(name)
+        shards[-1][name] = shape
         used += size
-    many = len(shards) > 1
-    files = [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else WEIGHTS
-        for number in range(1, len(shards) + 1)
-    ]
-    remaining = iter(tensors)
-    for file, shard in zip(files, shards, strict=True):
-        # transformers asks for the format; its "pt" only means that the layout is torch's.
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in shard:
-            end = offset + sizes[name]
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [offset, end]}
-            offset = end
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        with open(folder / file, "wb") as stream:
-            stream.write(struct.pack("<Q", len(raw)) + raw)
-            for _ in shard:
-                stream.write(next(remaining).view(np.uint8).data)
+    n = len(shards)
+    names = [WEIGHTS] if n == 1 else [f"model-{number:05d}-of-{n:05d}.safetensors" for number in range(1, n + 1)]
+    return [Shard(file, own) for file, own in zip(names, shards, strict=True)]
+
+
+def write(folder: Folder, shard: Shard, dtype: np.dtype, blocks: Iterable[tuple[str, np.ndarray]]) -> dict[str, int]:
+    """Writes one file from (tensor's name, its next rows in `dtype`), tensor after tensor as the shard has them.
+
+    Returns:
+      The CRC-32 of each tensor's bytes.
+    """
+    # transformers asks for the format; its "pt" only means that the layout is torch's.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shard.shapes.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    sums = dict.fromkeys(shard.shapes, 0)
+    with (folder / shard.file).open("wb") as stream:
+        stream.write(struct.pack("<Q", len(raw)) + raw)
+        for name, rows in blocks:
+            content = rows.reshape(-1).view(np.uint8).data
+            sums[name] = zlib.crc32(content, sums[name])
+            stream.write(content)
+        if not paths.is_remote(folder):
             stream.flush()
             os.fsync(stream.fileno())
-    if many:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    return sums
+
+
+def verify(folder: Folder, shard: Shard, dtype: np.dtype, sums: Mapping[str, int]) -> None:
+    """Opens a file that was written as any reader would.
+
+    Raises:
+      ValueError: it has not the tensors of `shard` in `dtype`, or the CRC-32 of one is not that of `sums`.
+    """
+    file = folder / shard.file
+    found = read_header(file)
+    for name, shape in shard.shapes.items():
+        got = (found[name].shape, found[name].dtype) if name in found else None
+        if got != (shape, NAMES[dtype]):
+            raise ValueError(f"{file} reads back {name} as {got}, expected {shape} {NAMES[dtype]}")
+
+    def check(name: str) -> None:
+        crc = 0
+        for rows in row_ranges(shard.shapes[name], [(0, shard.shapes[name][0])]):
+            crc = zlib.crc32(read_rows(found[name], *rows).view(np.uint8).data, crc)
+        if crc != sums[name]:
+            raise ValueError(f"{file}: tensor {name} reads back with other values than were written")
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(check, shard.shapes))
+
+
+def write_index(folder: Folder, shards: Sequence[Shard], dtype: np.dtype) -> None:
+    """Writes the index of several shards; one needs none."""
+    if len(shards) == 1:
+        return
+    total = sum(math.prod(shape) * dtype.itemsize for shard in shards for shape in shard.shapes.values())
+    weight_map = {name: shard.file for shard in shards for name in shard.shapes}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

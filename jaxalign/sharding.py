@@ -5,7 +5,7 @@ A mesh always has four axes; size 1 switches one off:
     data      rows of the batch; weights are replicated
     fsdp      rows of the batch; weights are split and gathered layer by layer
     tensor    heads, MLP columns and the vocabulary
-    sequence  time steps of one row (all-to-all to heads inside attention, "Ulysses")
+    sequence  time steps of one row (all-to-all to heads inside attention, "Ulysses"); weights are split as by fsdp
 
 Code below the entries never passes a mesh around: it runs under `jax.set_mesh(mesh)` and asks for the current one.
 Without a mesh everything here is a no-op, so a function can be tried on one device as it stands.
@@ -31,8 +31,8 @@ RULES: Mapping[str | None, tuple[tuple[str, ...], ...]] = {
     "layers": ((),),
     # One table serves look-up and head. It is split by vocabulary, so that neither ever gathers it; vocabularies that
     # the whole product does not divide fall back to a smaller split.
-    "vocab": (("tensor", "fsdp"), ("fsdp",), ("tensor",), ()),
-    "embed": (("fsdp",),),
+    "vocab": (("tensor", "fsdp", "sequence"), ("tensor", "fsdp"), ("fsdp",), ("tensor",), ()),
+    "embed": (("fsdp", "sequence"), ("fsdp",)),
     "heads": (("tensor",),),
     "kv_heads": (("tensor",),),
     "mlp": (("tensor",),),
@@ -82,6 +82,13 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     """The mesh of the enclosing `jax.set_mesh`, None outside of one."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
+
+
+def platform(mesh: Any = None) -> str:
+    """What the devices of the (current) mesh are: "cpu", "gpu" or "tpu"; the default backend's without a mesh."""
+    mesh = mesh if mesh is not None else current_mesh()
+    device = None if mesh is None else mesh.abstract_mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def axis_size(axes: str | Sequence[str] | None, mesh: Any = None) -> int:

@@ -38,13 +38,13 @@ def _ignore(number: int, frame: FrameType | None) -> None:
     """The Python half of the handlers: its being there makes the C half write to the descriptor, where all happens."""
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Straight to the descriptor: the main thread may hold sys.stderr's lock, a progress bar may have replaced it."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
 
-def _end(code: int) -> None:
+def end_process(code: int) -> None:
     """Ends the process without the main thread's help, and the workers that it would have stopped."""
     if os.isatty(2):
         with contextlib.suppress(OSError):
@@ -151,28 +151,28 @@ class Stopper:
             self._acting = self._acting or region is not None
         if again:
             if number == signal.SIGINT:
-                _say("Ctrl-C again: aborting now; the last complete checkpoint stays valid")
-                _end(EXIT_ABORTED)
+                say("Ctrl-C again: aborting now; the last complete checkpoint stays valid")
+                end_process(EXIT_ABORTED)
             return
         if region is None:
-            _say(f"{number.name}: saving after this step, then exit {EXIT_PREEMPTED}; Ctrl-C again aborts")
+            say(f"{number.name}: saving after this step, then exit {EXIT_PREEMPTED}; Ctrl-C again aborts")
         else:  # in a further thread, because this one has to hear the second Ctrl-C
             threading.Thread(target=self._act, args=(region, number.name), name="on_stop", daemon=True).start()
 
     def _act(self, region: _Region, cause: str) -> None:
         what = "exit" if region.on_stop is None else "saving now, then exit"
-        _say(f"{cause} during {region.name}: {what} {EXIT_PREEMPTED}; Ctrl-C again aborts")
+        say(f"{cause} during {region.name}: {what} {EXIT_PREEMPTED}; Ctrl-C again aborts")
         code = EXIT_PREEMPTED
         try:
             if region.on_stop is not None:
                 region.on_stop()
         except BaseException:  # whatever it was, the process must end, and not as if it had saved
             code = 1
-            _say(f"saving failed, exit 1; the last complete checkpoint stays valid\n{traceback.format_exc()}")
+            say(f"saving failed, exit 1; the last complete checkpoint stays valid\n{traceback.format_exc()}")
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        _end(code)
+        end_process(code)
 
 
 _installed: list[Stopper] = []

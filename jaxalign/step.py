@@ -52,6 +52,7 @@ def make_train_step(
     gradient_accumulation_steps: int = 1,
     max_grad_norm: float | None = 1.0,
     nonfinite: str = "stop",
+    schedule: optax.Schedule | None = None,
 ) -> Step:
     """A function (state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -66,6 +67,7 @@ def make_train_step(
       gradient_accumulation_steps: micro-batches a batch is split into, whole examples each.
       max_grad_norm: the gradient is scaled down to this global L2 norm; None leaves it.
       nonfinite: "stop" or "skip".
+      schedule: the optimizer's, for the metric `learning_rate`; updates count, not skipped steps.
     """
     if nonfinite not in ("stop", "skip"):
         raise ValueError(f"nonfinite is {nonfinite!r}, expected 'stop' or 'skip'")
@@ -104,6 +106,9 @@ def make_train_step(
             "halted": Mean(aux["halted"].astype(jnp.float32), one),
             "skipped": Mean(aux["skipped"].astype(jnp.float32), one),
         }
+        if schedule is not None:
+            rate = schedule(state.step - state.aux["skipped"])
+            metrics["learning_rate"] = Mean(jnp.asarray(rate, jnp.float32), one)
         return TrainState(state.step + (go | (not stop)).astype(jnp.int32), params, opt_state, aux), metrics
 
     return step

@@ -6,6 +6,7 @@ batches from a source through one jitted step, and looks, saves and stops at ste
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -18,15 +19,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from jaxalign import build, checkpoint, diagnose, evals, metrics, reference, sharding
+from jaxalign import build, checkpoint, diagnose, evals, hosts, metrics, paths, reference, run_folder, sharding
 from jaxalign import config as config_lib
 from jaxalign.signals import EXIT_PREEMPTED, Stopper
 
 log = logging.getLogger(__name__)
-
-CONFIG_FILE, CHECKPOINTS, EXPORT = "config.json", "checkpoints", "export"
 
 
 class Preempted(Exception):
@@ -44,9 +44,9 @@ class Result:
       export: the Hugging Face folder, or None.
     """
 
-    folder: Path
+    folder: epath.Path
     metrics: dict[str, float]
-    export: Path | None
+    export: epath.Path | None
 
     def generate(self, prompt: Any, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0) -> str:
         """The trained model's answer to a text, or to a list of chat messages."""
@@ -77,16 +77,18 @@ def run(config: ConfigDict | Mapping[str, Any], dataset: Any = None, eval_datase
         config, n_devices=jax.device_count(), has_dataset=dataset is not None, has_eval_dataset=eval_dataset is not None
     )
     use_compilation_cache(config.compilation_cache)
-    folder = check_folder(config)
+    folder = run_folder.check(config)
     with Stopper() as stopper:
         with stopper.during("start-up"):
             data = build.load_data(config, folder / "dropped.jsonl", dataset, eval_dataset)
         mesh = sharding.make_mesh(**config.mesh.to_dict())
-        with sharding.use_mesh(mesh), open_checkpoints(config, folder) as checkpoints:
+        with sharding.use_mesh(mesh), run_folder.open_checkpoints(config, folder) as checkpoints:
             pieces = build.Run(config, mesh, data)
             with Training(config, folder, pieces, stopper, checkpoints) as training:
-                training.begin()
-                training.loop()
+                with hosts.Watchdog(config.watchdog_minutes) as watchdog:
+                    pieces.on_progress = watchdog.beat
+                    training.begin()
+                    training.loop()
                 return training.finish()
 
 
@@ -112,7 +114,7 @@ class Training:
     def __init__(
         self,
         config: ConfigDict,
-        folder: Path,
+        folder: epath.Path,
         pieces: build.Run,
         stopper: Stopper,
         checkpoints: checkpoint.Checkpoints,
@@ -123,7 +125,7 @@ class Training:
         self.meta = {"config": json.loads(config_lib.to_json(config)), "data": pieces.data.fingerprint}
         self.compiled: set[tuple[int, ...]] = set()
         self.pending: tuple[int, metrics.Metrics, float] | None = None
-        self.tracing = False
+        self.trace: run_folder.Trace | None = None
         self.clock = time.perf_counter()  # when the step before was fetched
         check_metrics(config)
 
@@ -143,13 +145,12 @@ class Training:
     def __enter__(self) -> "Training":
         start = self.progress.step
         if self.main:
-            keep_config(self.config, self.folder)
-            for name, size in self.progress.file_sizes.items():
-                cut(self.folder / name, size)
+            run_folder.keep_config(self.config, self.folder)
         self.bar = metrics.Progress(self.run.steps, start=start, active=self.main)
         self.writer = metrics.MetricsWriter(
             self.folder,
             start_step=start if self.resumed else None,
+            sizes=self.progress.file_sizes,
             tensorboard=self.config.log.tensorboard,
             active=self.main,
         )
@@ -157,8 +158,8 @@ class Training:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self.tracing:
-            jax.profiler.stop_trace()
+        if self.trace is not None:
+            self.trace.stop()
         self.bar.__exit__(*error)
         self.writer.close()
 
@@ -258,8 +259,8 @@ class Training:
             reference.check_start(values["ref_logps_difference/max"], compute_dtype=self.run.cfg.compute_dtype)
         p, tokens, skipped = self.progress, int(values.pop("num_tokens")), int(values.pop("skipped"))
         p.step = n
+        self.run.on_progress(f"step {n}")
         p.num_tokens += tokens
-        values["learning_rate"] = float(self.run.learning_rates[max(0, n - 1 - skipped)])  # a skipped step has none
         values["epoch"] = n * self.config.batch_size / len(self.run.data.train)
         values["num_tokens"] = p.num_tokens
         if self.config.optim.nonfinite == "skip":
@@ -288,12 +289,11 @@ class Training:
         """Begins or ends the profiler trace before step n."""
         steps = self.config.log.profile_steps
         if steps and n == steps[0]:
-            jax.profiler.start_trace(str(self.folder / "profile"))
-            self.tracing = True
-        if self.tracing and n == steps[1] + 1:
+            self.trace = run_folder.Trace(self.folder / "profile")
+        if self.trace is not None and n == steps[1] + 1:
             self.flush()
-            jax.profiler.stop_trace()
-            self.tracing = False
+            self.trace.stop()
+            self.trace = None
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -359,13 +359,14 @@ class Training:
         with self.aside():
             if self.is_eval_due(n):
                 with self.stopper.during("evaluation", on_stop):
-                    found = evals.evaluate(self.run, self.state)
+                    found = evals.evaluate(self.run, self.state, untrained=not n)
                     found["time/eval"] = time.perf_counter() - began
             best, since = self.patience(found)
             at_an_end = n == 0 or self.is_out_of_patience(since)
             if self.is_sample_due(n) or (self.config.samples.prompts and at_an_end):
                 with self.stopper.during("generation", on_stop):
-                    rows = evals.completions(self.run, self.state.params)
+                    complete = evals.completions if n else evals.first_completions
+                    rows = complete(self.run, self.state.params)
         if found:
             self.writer.write(n, found)
             self.bar.message(evals.line(n, found))
@@ -398,7 +399,8 @@ class Training:
     def save(self, **eval_metrics: float) -> None:
         """Begins to save the state after `progress.step`; one that was saved unlooked-at is saved anew."""
         p = self.progress
-        p.file_sizes = {name: (self.folder / name).stat().st_size for name in metrics.STEP_FILES} if self.main else {}
+        self.writer.flush()
+        p.file_sizes = self.writer.sizes()
         record = {**self.meta, "progress": dataclasses.asdict(p)}
         with self.aside():
             force = p.step in self.checkpoints.steps()
@@ -426,11 +428,11 @@ class Training:
             self.bar.message(f"curves {picture}\nmodel  {target or 'not exported (export.enabled is false)'}")
         return result
 
-    def export(self) -> Path:
+    def export(self) -> epath.Path:
         """Writes the Hugging Face folder, unless this finished run has it already."""
         from jaxalign import export
 
-        target, wanted = self.folder / EXPORT, self.meta["config"]["export"]
+        target, wanted = self.folder / run_folder.EXPORT, self.meta["config"]["export"]
         if self.done and target.exists() and self.former["export"] == wanted:
             return target
         with self.stopper.during("export"):
@@ -463,7 +465,7 @@ def describe(config: ConfigDict, run: build.Run) -> str:
     )
 
 
-def finished(config: ConfigDict, folder: Path, step: int) -> str:
+def finished(config: ConfigDict, folder: epath.Path, step: int) -> str:
     """What to say of a run that has nothing left to do."""
     more = f"--config.steps={2 * step}" if config.steps else f"--config.epochs={2 * config.epochs:g}"
     if config.early_stopping.metric:
@@ -485,37 +487,6 @@ def ends(rows: list[dict[str, Any]]) -> tuple[int, int]:
     return min(steps), max(steps)
 
 
-def cut(file: Path, size: int) -> None:
-    """Takes away what was written to a file after it had `size` bytes."""
-    if file.exists() and file.stat().st_size > size:
-        os.truncate(file, size)
-
-
-def check_folder(config: ConfigDict) -> Path:
-    """The run's folder; a run that is already there must be the same one.
-
-    Raises:
-      ValueError: another run is there, or `resume=never` and one is there.
-    """
-    folder = Path(config.workdir).expanduser()
-    file = folder / CONFIG_FILE
-    if file.exists():
-        if config.resume == "never":
-            raise ValueError(f"{folder} holds a run already and resume is never: take another workdir")
-        if checkpoint.list_steps(folder / CHECKPOINTS):  # else nothing would be continued
-            for name, old, new in config_lib.check_resume(json.loads(file.read_text()), config):
-                log.warning("resuming with %s changed: %r -> %r", name, old, new)
-    return folder
-
-
-def keep_config(config: ConfigDict, folder: Path) -> None:
-    """Writes the run's config.json, when all that could be wrong with it was found."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{CONFIG_FILE}.tmp"
-    temporary.write_text(config_lib.to_json(config))
-    os.replace(temporary, folder / CONFIG_FILE)
-
-
 def check_metrics(config: ConfigDict) -> None:
     """Raises ValueError if a metric that decides something is none of the evaluation's."""
     for key, name in (
@@ -524,17 +495,6 @@ def check_metrics(config: ConfigDict) -> None:
     ):
         if name is not None and name not in evals.names():
             raise ValueError(f"{key} is {name!r}, expected one of {', '.join(evals.names())}")
-
-
-def open_checkpoints(config: ConfigDict, folder: Path) -> checkpoint.Checkpoints:
-    """The run's checkpoints, kept as the config says."""
-    return checkpoint.Checkpoints(
-        folder / CHECKPOINTS,
-        keep=config.checkpoint.keep,
-        keep_best=config.checkpoint.keep_best,
-        best_metric=config.checkpoint.best_metric,
-        best_mode=config.checkpoint.best_mode or "max",
-    )
 
 
 def check_data(old: Mapping[str, Any], new: Mapping[str, Any], *, force: bool) -> None:
@@ -551,24 +511,13 @@ def use_compilation_cache(setting: str) -> None:
     from jax.experimental.compilation_cache import compilation_cache
 
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxalign" / "compiled"
-    folder = None if setting == "none" else default if setting == "auto" else Path(setting).expanduser()
+    folder = None if setting == "none" else default if setting == "auto" else setting
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = paths.make_folder(folder, private=True)
     compilation_cache.reset_cache()  # or the folder of an earlier run in this process would stay
     jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a hundred small ones take seconds too
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def connect() -> None:
-    """Joins the other processes where the environment says that there are any."""
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")  # no other device looks at it
-        jax.distributed.initialize(
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
-        )
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
 
 
 class _Lines(logging.Handler):
@@ -581,17 +530,19 @@ class _Lines(logging.Handler):
 def quiet() -> None:
     """Plain log lines of ours; of the libraries only what went wrong."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Lines()])
-    for name in ("absl", "jax", "orbax", "grain"):
+    for name in ("absl", "jax", "orbax", "grain", "fsspec", "gcsfs"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no news
 
 
 def main() -> None:
     """The command. Exit status 0 only when the last step is done; 75: stopped and saved; 1 or 2: an error."""
+    gc.freeze()  # what the imports made stays
+    gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million: at Python's 700 it is an eighth slower
     config = config_lib.parse()
     quiet()
     try:
-        connect()
+        hosts.connect()
         if jax.process_index():
             logging.getLogger().setLevel(logging.WARNING)  # the first process speaks for all
         run(config)
@@ -600,13 +551,13 @@ def main() -> None:
         sys.exit(EXIT_PREEMPTED)
     except BaseException as error:
         if isinstance(error, ValueError | diagnose.NonFinite):
-            print(f"jaxalign: {error}", file=sys.stderr)
+            text = f"jaxalign: {error}"
         else:
-            traceback.print_exc()
+            text = "".join(traceback.format_exception(error))
+        print(text, file=sys.stderr, flush=True)
         if jax.distributed.is_initialized():
-            # An orderly end waits for the other processes, which wait for this one in the middle of a step. When it is
-            # gone, they find out.
-            os._exit(1)
+            # An orderly end waits for the other processes, which wait for this one in the middle of a step.
+            hosts.fail(text)
         sys.exit(1)
 
 

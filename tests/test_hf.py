@@ -500,10 +500,11 @@ def test_a_wrong_bit_on_disk_is_found_before_the_folder_appears(tmp_path, monkey
     write = hf.safetensors_file.write
 
     def flip(folder, *args):
-        write(folder, *args)
+        sums = write(folder, *args)
         data = bytearray((folder / "model.safetensors").read_bytes())
         data[-1000] ^= 1
         (folder / "model.safetensors").write_bytes(data)
+        return sums
 
     monkeypatch.setattr(hf.safetensors_file, "write", flip)
     with pytest.raises(ValueError, match="reads back with other values"):

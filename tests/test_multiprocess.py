@@ -1,10 +1,11 @@
-"""Two real processes of four devices compute what one of eight does, and each reads only its own rows."""
+"""Several real processes compute what one does, each reads only its own rows, and they fail together."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,34 +31,34 @@ finally:
 """
 
 
-def two_processes(config_file: Path, *, before: str = "") -> list[tuple[int, str, str]]:
-    """(exit code, output, errors) of both."""
+def processes(config_file: Path, n: int = 2, *, before: str = "") -> list[tuple[int, str, str]]:
+    """(exit code, output, errors) of each of n processes, eight devices together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    processes = [
+    flags = f"--xla_force_host_platform_device_count={8 // n} --xla_backend_optimization_level=0"
+    started = [
         subprocess.Popen(
             [sys.executable, "-c", before + PROGRAM, f"--config={config_file}"],
             env={
                 **os.environ,
                 "XLA_FLAGS": flags,
                 "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": "2",
+                "JAX_NUM_PROCESSES": str(n),
                 "JAX_PROCESS_ID": str(number),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(2)
+        for number in range(n)
     ]
     try:
-        found = [process.communicate(timeout=200) for process in processes]
+        found = [process.communicate(timeout=200) for process in started]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
-    return [(process.returncode, *streams) for process, streams in zip(processes, found, strict=True)]
+    return [(process.returncode, *streams) for process, streams in zip(started, found, strict=True)]
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def no_picture(monkeypatch):
 def test_two_processes_equal_one_and_feed_only_their_own_rows(tmp_path, no_picture):
     settings = {"epochs": None, "steps": 3, "eval__batch_size": 4, "reference__mode": "cached", "checkpoint__every": 0}
     file = runs.save(tmp_path / "two", **settings, data__cache_dir=str(tmp_path / "cache"))
-    (first, said, errors), (second, said_2, errors_2) = two_processes(file)
+    (first, said, errors), (second, said_2, errors_2) = processes(file)
     assert (first, second) == (0, 0), errors + errors_2
     assert "8 cpu (data 8), 2 host(s)" in errors and "step 3/3" in errors
     assert "step" not in errors_2  # the first process speaks for all
@@ -103,7 +104,7 @@ def test_two_processes_equal_one_and_feed_only_their_own_rows(tmp_path, no_pictu
 )
 def test_two_processes_equal_one_on_other_meshes(tmp_path, no_picture, changes):
     settings = {"epochs": None, "steps": 3, "eval__batch_size": 4, **changes}
-    (first, said, errors), (second, _, errors_2) = two_processes(runs.save(tmp_path / "two", **settings))
+    (first, said, errors), (second, _, errors_2) = processes(runs.save(tmp_path / "two", **settings))
     assert (first, second) == (0, 0), errors + errors_2
     runs.assert_close(tmp_path / "two", runs.run(tmp_path / "one", **settings).folder)
 
@@ -121,7 +122,7 @@ def step(self, n, batch):
     if n == 2 and os.environ["JAX_PROCESS_ID"] == "1": os.kill(os.getpid(), signal.SIGTERM)
 train.Training.step = step
 """
-    (first, _, errors), (second, _, errors_2) = two_processes(file, before=kill)
+    (first, _, errors), (second, _, errors_2) = processes(file, before=kill)
     assert (first, second) == (75, 75), errors + errors_2
     stopped = runs.lines(tmp_path / "two")[-1]["step"]
     assert 2 <= stopped < 6
@@ -129,13 +130,41 @@ train.Training.step = step
     runs.assert_close(tmp_path / "two", runs.run(tmp_path / "one", **settings).folder)
 
 
-@pytest.mark.slow
-def test_an_error_in_one_process_ends_both(tmp_path):
+def test_an_error_in_one_process_ends_both_within_a_minute_and_is_read_on_both_consoles(tmp_path):
     fail = """
-import os
+import os, time
 from jaxalign import evals
-if os.environ["JAX_PROCESS_ID"] == "1": evals.completions = lambda *_: 1 / 0
+def completions(*_):
+    if os.environ["JAX_PROCESS_ID"] == "1":
+        open(os.environ["FAILED_AT"], "w").write(str(time.time()))
+        1 / 0
+    time.sleep(120)
+evals.first_completions = completions
 """
-    (first, _, errors), (second, _, errors_2) = two_processes(runs.save(tmp_path / "two"), before=fail)
-    assert second == 1 and "ZeroDivisionError" in errors_2
-    assert first not in (0, 75), errors
+    mark = tmp_path / "failed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAILED_AT", str(mark))
+        (first, _, errors), (second, _, errors_2) = processes(runs.save(tmp_path / "two"), before=fail)
+    assert time.time() - float(mark.read_text()) < 60
+    assert (first, second) == (1, 1), errors + errors_2
+    assert "ZeroDivisionError" in errors_2
+    assert "process 1 of 2 failed" in errors and "ZeroDivisionError" in errors
+
+
+def test_where_no_step_is_finished_every_process_prints_its_stacks_and_exits_76(tmp_path):
+    hang = """
+import os, time
+from jaxalign import train
+real = train.Training.step
+def step(self, n, batch):
+    if n == 4 and os.environ["JAX_PROCESS_ID"] == "1": lie_down()
+    real(self, n, batch)
+def lie_down(): time.sleep(300)
+train.Training.step = step
+"""
+    file = runs.save(tmp_path / "two", eval__every=0, watchdog_minutes=0.25)
+    (first, _, errors), (second, _, errors_2) = processes(file, before=hang)
+    assert (first, second) == (76, 76), errors + errors_2
+    assert "process 0 of 2: nothing was finished in 0.25 minutes (watchdog_minutes); the last was step " in errors
+    assert "process 1 of 2: nothing was finished" in errors_2
+    assert "lie_down" in errors_2 and "lie_down" not in errors and "in loop" in errors

@@ -159,9 +159,9 @@ train.Training.step = step
 """,
     "evaluation": """
 real_evaluate = evals.evaluate
-def evaluate(run, state):
+def evaluate(run, state, **known):
     if int(state.step) == 3: kill(), time.sleep(1)
-    return real_evaluate(run, state)
+    return real_evaluate(run, state, **known)
 evals.evaluate = evaluate
 """,
     "generation": """

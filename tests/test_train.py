@@ -13,7 +13,7 @@ import pytest
 import runs
 
 import jaxalign
-from jaxalign import checkpoint, config, evals, metrics, train
+from jaxalign import checkpoint, config, evals, metrics, objectives, train
 
 ROOT = Path(__file__).parent.parent
 PLAIN = {"samples__prompts": None, "samples__max_new_tokens": None}
@@ -71,6 +71,7 @@ def test_compiling_evaluating_sampling_and_saving_do_not_count_as_a_steps_time(t
     monkeypatch.setattr(train, "time", Clock)
     monkeypatch.setattr(evals, "evaluate", slow(evals.evaluate))
     monkeypatch.setattr(evals, "completions", slow(evals.completions))
+    monkeypatch.setattr(evals, "first_completions", slow(evals.first_completions))
     monkeypatch.setattr(checkpoint.Checkpoints, "save", slow(checkpoint.Checkpoints.save))
     monkeypatch.setattr(jax.stages.Lowered, "compile", slow(jax.stages.Lowered.compile))
     folder = runs.run(tmp_path / "run", steps=5, epochs=None).folder
@@ -265,3 +266,20 @@ def test_the_second_start_reaches_its_first_step_in_a_third_of_the_time(tmp_path
 
     first, second = seconds("first"), seconds("second")
     assert second <= first / 3, (first, second)
+
+
+def test_what_the_untrained_policy_says_is_computed_once(tmp_path, monkeypatch):
+    """Its log-probs are the reference's; its completions are kept beside them."""
+    calls = []
+    generate, examples = evals.completions, objectives.logprobs.score
+    monkeypatch.setattr(evals, "completions", lambda run, params: calls.append("completions") or generate(run, params))
+    settings = {"steps": 2, "epochs": None, "eval__every": 0, "checkpoint__every": 0, "data__cache_dir": str(tmp_path)}
+    folders = [runs.run(tmp_path / name, **settings).folder for name in ("first", "second")]
+    assert calls == ["completions"] * 3  # before and after, then only after
+    runs.assert_same(*folders)
+    runs.run(tmp_path / "shorter", **settings | {"samples__max_new_tokens": 3})
+    assert len(calls) == 5
+    monkeypatch.setattr(objectives.logprobs, "score", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # the first step, not the evaluation before it, scores
+        runs.run(tmp_path / "third", **settings)
+    assert [row["step"] for row in metrics.read_completions(tmp_path / "third")] == [0, 0]

@@ -1,5 +1,6 @@
 """Rows of files, packages, folders, the hub or memory, with a fingerprint of their content."""
 
+import contextlib
 import csv
 import glob
 import gzip
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from jaxalign import paths
 from jaxalign.messages import first_line
 from jaxalign.paths import in_package, nearest
 
@@ -45,9 +48,10 @@ def read_rows(source: Any, *, split: str | None = None, name: str | None = None,
     """Finds a source's rows.
 
     Args:
-        source: a file (json, jsonl, parquet, csv; the text ones also .gz), a glob, a list of these, `package:NAME/FILE`
-            (a file inside an installed package), a folder (of `save_to_disk`, or one that `datasets.load_dataset`
-            reads), a dataset id on the Hugging Face hub, a list of dicts, or a `datasets.Dataset`.
+        source: a file (json, jsonl, parquet, csv; the text ones also .gz) or a glob, here or in a bucket (gs://...), a
+            list of these, `package:NAME/FILE` (a file inside an installed package), a folder (of `save_to_disk`, or
+            here one that `datasets.load_dataset` reads), a dataset id on the Hugging Face hub, a list of dicts, or a
+            `datasets.Dataset`.
         split: which split of a folder, hub dataset or DatasetDict; None: "train". What has no splits takes no other.
         name: configuration of a hub dataset.
         limit: keep the first rows only.
@@ -77,33 +81,33 @@ def read_rows(source: Any, *, split: str | None = None, name: str | None = None,
     return Rows(rows.label, digest(rows.fingerprint, limit), lambda: itertools.islice(iter(rows), limit))
 
 
-def find_files(path: str) -> list[Path]:
+def find_files(path: str) -> list[epath.Path]:
     """The files that a path, a glob or `package:NAME/FILE` names; raises ValueError if there are none."""
     if path.startswith("package:"):
         file = in_package(path)
         if file.is_dir():
             raise ValueError(f"{path!r} is a folder, expected a file: package:NAME/FILE")
+        return [epath.Path(file)]
+    file = paths.at(path)
+    if file.is_file():
         return [file]
-    path = os.path.expanduser(path)
-    if os.path.isfile(path):
-        return [Path(path)]
-    found = sorted(Path(file) for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    found = paths.glob(path)
     if not found:
-        raise ValueError(f"no data file {path!r}{nearest(Path(path))}")
+        raise ValueError(f"no data file {path!r}{'' if paths.is_remote(path) else nearest(Path(file))}")
     return found
 
 
 def _read_path(path: str, split: str | None, name: str | None) -> Rows:
-    expanded = Path(path).expanduser()
-    if expanded.is_dir():
-        return _read_folder(expanded, split, name)
-    is_file_name = path.endswith(SUFFIXES) or path.startswith(("package:", "/", ".", "~")) or glob.has_magic(path)
-    if expanded.is_file() or is_file_name or path.count("/") > 1:
+    is_package = path.startswith("package:")
+    if not is_package and (folder := paths.at(path)).is_dir():
+        return _read_folder(folder, split, name)
+    is_file_name = is_package or path.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or glob.has_magic(path)
+    if is_file_name or path.count("/") > 1 or paths.at(path).is_file():
         return _read_files(find_files(path), split, name)
     return _read_hub(path, split, name)
 
 
-def _read_files(files: list[Path], split: str | None, name: str | None) -> Rows:
+def _read_files(files: list[epath.Path], split: str | None, name: str | None) -> Rows:
     if split not in (None, "train") or name is not None:
         raise ValueError(
             f"split={split!r} and name={name!r} are for data sets of `datasets`; {files[0]} is a file, which has no "
@@ -113,20 +117,24 @@ def _read_files(files: list[Path], split: str | None, name: str | None) -> Rows:
         if not file.name.endswith(SUFFIXES):
             raise ValueError(f"{file}: cannot read this kind of file; expected {', '.join(SUFFIXES)}")
     label = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    key = digest("files", *((file.name.split(".", 1)[-1], _hash_file(file)) for file in files))
+    key = digest("files", *((file.name.split(".", 1)[-1], paths.content_hash(file)) for file in files))
     return Rows(label, key, lambda: itertools.chain.from_iterable(map(_read_file, files)))
 
 
-def _read_file(file: Path) -> Iterator[Any]:
+def _read_file(file: epath.Path) -> Iterator[Any]:
     kind = next(suffix for suffix in SUFFIXES if file.name.endswith(suffix)).removesuffix(".gz")
     if kind == ".parquet":
         import pyarrow.parquet
 
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=_TABLE_ROWS):
-            yield from batch.to_pylist()
+        with file.open("rb") as stream:
+            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=_TABLE_ROWS):
+                yield from batch.to_pylist()
         return
     try:
-        with gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb") as stream:
+        with contextlib.ExitStack() as stack:
+            stream = stack.enter_context(file.open("rb"))
+            if file.name.endswith(".gz"):
+                stream = stack.enter_context(gzip.open(stream, "rb"))
             if kind == ".csv":
                 csv.field_size_limit(2**31 - 1)
                 yield from csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
@@ -136,7 +144,7 @@ def _read_file(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file} is damaged or not what its name says: {error}") from error
 
 
-def _read_json(stream: Any, file: Path) -> Iterator[Any]:
+def _read_json(stream: Any, file: epath.Path) -> Iterator[Any]:
     """Rows of one JSON list, or of one JSON value a line. A line that is no JSON is given as its text."""
     first = next((line for line in stream if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
     if first.lstrip().startswith(b"["):
@@ -154,11 +162,13 @@ def _read_json(stream: Any, file: Path) -> Iterator[Any]:
                 yield line.decode("utf-8", errors="replace")
 
 
-def _read_folder(folder: Path, split: str | None, name: str | None) -> Rows:
+def _read_folder(folder: epath.Path, split: str | None, name: str | None) -> Rows:
     import datasets
 
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _read_dataset(datasets.load_from_disk(str(folder)), split, str(folder), key=str)
+    if paths.is_remote(folder):
+        raise ValueError(f"{folder} is a folder in a bucket: name its files, as {folder}/*.jsonl")
     return _load_dataset(str(folder), split, name)
 
 
@@ -206,7 +216,7 @@ def _read_dataset(data: Any, split: str | None, label: str, *, key: Callable[[st
 
     if key is None or not files:
         return Rows(label, _hash_rows(read()), read)
-    hashes = [(key(Path(file).suffix), _hash_file(Path(file))) for file in files]
+    hashes = [(key(Path(file).suffix), paths.content_hash(file)) for file in files]
     return Rows(label, digest("arrow", len(data), *data.column_names, *hashes), read)
 
 
@@ -220,11 +230,6 @@ def _hash_rows(rows: Iterable[Any]) -> str:
         state.update(to_json(row))
         state.update(b"\n")
     return state.hexdigest()
-
-
-def _hash_file(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest(*parts: Any) -> str:

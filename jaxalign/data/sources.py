@@ -1,5 +1,6 @@
 """Rows -> tokenized pairs on disk, made once and memory-mapped."""
 
+import atexit
 import contextlib
 import hashlib
 import itertools
@@ -14,12 +15,14 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from jaxalign import paths
 from jaxalign.data.chat import EncodedPair, encode_pairs, template_of
 from jaxalign.data.formats import FORMATS, Example, RowError, detect
 from jaxalign.data.rows import Rows, digest, read_rows, to_json
@@ -51,9 +54,11 @@ class Prepared:
             that was cut), unfinished (sides that were not cut and hold no eos), max_length, columns.
         pad_id: what batches are filled up with.
         folder: where the arrays, `texts.jsonl` and `dropped.jsonl` lie.
+        kept_in: the folder of the cache that holds all that was prepared: above `folder`, or in a bucket.
     """
 
     folder: Path
+    kept_in: epath.Path
     meta: Mapping[str, Any]
     fingerprint: str
     pad_id: int
@@ -142,8 +147,8 @@ def prepare(
     split: str | None = None,
     name: str | None = None,
     limit: int | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    dropped_path: str | os.PathLike[str] | None = None,
+    cache_dir: paths.PathLike | None = None,
+    dropped_path: paths.PathLike | None = None,
     max_dropped_share: float = 0.1,
     workers: int | None = None,
 ) -> Prepared:
@@ -160,7 +165,8 @@ def prepare(
         format: a name in FORMATS, or "auto": chosen by the first rows, and logged.
         on_long: "truncate", or "drop" for pairs with a side of more than `max_length` tokens.
         chat_template: in place of the tokenizer's own.
-        cache_dir: a folder private to the user is made here; None: `$XDG_CACHE_HOME/jaxalign/data`.
+        cache_dir: a folder private to the user is made here; None: `$XDG_CACHE_HOME/jaxalign/data`. What is kept in a
+            bucket is copied to a temporary folder, which lasts as long as this process.
         dropped_path: where the rows that were left out are listed: {"row", "reason", "detail"} a line.
         max_dropped_share: more than this share of dropped rows raises.
         workers: processes; None: one a core for large sources, none for small ones.
@@ -188,19 +194,23 @@ def prepare(
             key: str(token) for key, token in tokenizer.special_tokens_map.items() if key.endswith("_token")
         },
     )
-    folder = _cache_root(cache_dir) / digest(VERSION, rows.fingerprint, _versions(), task.key())
-    prepared = _open(folder, tokenizer)
+    kept_in = _cache_root(cache_dir)
+    key = digest(VERSION, rows.fingerprint, _versions(), task.key())
+    remote = kept_in / key if paths.is_remote(kept_in) else None
+    folder = Path(kept_in / key) if remote is None else _temporary() / key
+    if remote is not None:
+        _fetch(remote, folder)
+    prepared = _open(folder, kept_in, tokenizer)
     if prepared is None:
-        prepared = _make(folder, rows, task, tokenizer, workers)
+        prepared = _make(folder, kept_in, rows, task, tokenizer, workers)
+        if remote is not None:
+            for name in [*prepared.meta["sizes"], "meta.json"]:  # the last one says that all are there
+                paths.upload(folder / name, remote / name)
     else:
-        log.info("%s: %d pairs from the cache %s", rows.label, len(prepared), folder)
+        log.info("%s: %d pairs from the cache %s", rows.label, len(prepared), remote or folder)
     if dropped_path is not None:
-        listed = Path(dropped_path)
-        listed.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: several processes may share the run's folder.
-        partial = listed.with_name(f"{listed.name}.{os.uname().nodename}-{os.getpid()}")
-        shutil.copyfile(folder / "dropped.jsonl", partial)
-        partial.replace(listed)
+        paths.make_folder(paths.at(dropped_path).parent)
+        paths.replace(dropped_path, (folder / "dropped.jsonl").read_bytes())
     _check_dropped(prepared, rows.label, max_dropped_share, dropped_path or folder / "dropped.jsonl")
     return prepared
 
@@ -271,20 +281,39 @@ def _versions() -> list[str]:
     return [tokenizers.__version__, transformers.__version__]
 
 
-def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
+def _cache_root(cache_dir: paths.PathLike | None) -> epath.Path:
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxalign" / "data"
-    root = Path(cache_dir).expanduser() if cache_dir is not None else default
+    root = default if cache_dir is None else cache_dir
+    paths.check_bucket(root)
     try:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return paths.make_folder(root, private=True)
     except OSError as error:
         raise ValueError(
             f"the cache folder {root} cannot be made ({error.strerror}): give data.cache_dir a folder that can be "
             "written"
         ) from error
-    return root
 
 
-def _open(folder: Path, tokenizer: Any) -> Prepared | None:
+@cache
+def _temporary() -> Path:
+    """A folder that is deleted when this process ends: arrays are memory-mapped, which a bucket can't be."""
+    folder = tempfile.TemporaryDirectory(prefix="jaxalign-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def _fetch(remote: epath.Path, folder: Path) -> None:
+    """Copies prepared data out of a bucket, if it is there and not yet here."""
+    if folder.exists() or not (remote / "meta.json").exists():
+        return
+    folder.mkdir()
+    meta = (remote / "meta.json").read_bytes()
+    for name in json.loads(meta)["sizes"]:
+        paths.download(remote / name, folder / name)
+    (folder / "meta.json").write_bytes(meta)
+
+
+def _open(folder: Path, kept_in: epath.Path, tokenizer: Any) -> Prepared | None:
     """The prepared data of a cache folder, or None if there is none or a file is not as long as it was written."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -298,7 +327,7 @@ def _open(folder: Path, tokenizer: Any) -> Prepared | None:
         0,  # any id will do: a pad is never scored and never attended to
     )
     index = np.arange(meta["kept"], dtype=np.int64)
-    return Prepared(folder, meta, meta["fingerprint"], pad_id, index, arrays)
+    return Prepared(folder, kept_in, meta, meta["fingerprint"], pad_id, index, arrays)
 
 
 def _load(file: Path, *, mapped: bool) -> np.ndarray:
@@ -306,7 +335,9 @@ def _load(file: Path, *, mapped: bool) -> np.ndarray:
     return np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
 
 
-def _make(folder: Path, rows: Rows, task: _Task, tokenizer: Any, workers: int | None) -> Prepared:
+def _make(
+    folder: Path, kept_in: epath.Path, rows: Rows, task: _Task, tokenizer: Any, workers: int | None
+) -> Prepared:
     started = time.monotonic()
     _sweep(folder.parent)
     work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))  # mkdtemp: for this user alone
@@ -338,19 +369,19 @@ def _make(folder: Path, rows: Rows, task: _Task, tokenizer: Any, workers: int | 
             for name in [*(f"{key}.npy" for key in _ARRAYS), "texts.jsonl", "dropped.jsonl"]
         }
         (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        prepared = _publish(work, folder, tokenizer)
+        prepared = _publish(work, folder, kept_in, tokenizer)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     log.info("%s: %d pairs in %.1f s, cached in %s", rows.label, len(prepared), time.monotonic() - started, folder)
     return prepared
 
 
-def _publish(work: Path, folder: Path, tokenizer: Any) -> Prepared:
+def _publish(work: Path, folder: Path, kept_in: epath.Path, tokenizer: Any) -> Prepared:
     """Renames the finished folder into place. Another process may have been faster: then its equal work is used."""
     for _ in range(2):
         with contextlib.suppress(OSError):
             work.rename(folder)
-        prepared = _open(folder, tokenizer)
+        prepared = _open(folder, kept_in, tokenizer)
         if prepared is not None:
             return prepared
         shutil.rmtree(folder, ignore_errors=True)  # what lay there is damaged

@@ -33,7 +33,7 @@ class ModelConfig:
     attention_bias is the bias of q, k and v, attention_out_bias that of o_proj. sliding_windows has one entry a layer:
     the number of last tokens (own one included) it attends to, or None. dtype is the source checkpoint's. num_labels
     above 0 means a score head in place of the language-model head. The last three say how the model is run and are
-    never written to a config.json.
+    never written to a config.json; `attention` is judged by `attention.choose`.
     """
 
     model_type: str
@@ -64,6 +64,7 @@ class ModelConfig:
 
     compute_dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
 
 
 class Family(NamedTuple):

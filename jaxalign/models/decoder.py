@@ -7,6 +7,7 @@ names of its dimensions; shapes, shardings and Hugging Face names all derive fro
 Letters: R rows, T time, S cache slots, L layers, D model, N heads, K key/value heads, H head size, F MLP.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxalign import sharding
-from jaxalign.models import attention
+from jaxalign.models import attention, flash
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.embedding import lookup
 
@@ -134,7 +135,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_RTD: jax.Array, rope: Any, mask: jax.Array, cache: Any, layer: jax.Array, index: Any
+        self, x_RTD: jax.Array, rope: Any, seen: Any, cache: Any, layer: jax.Array, index: Any, window: Any
     ) -> tuple[jax.Array, Any]:
         cfg = self.cfg
         linear = functools.partial(Linear, stddev=cfg.initializer_range)
@@ -160,7 +161,14 @@ class Attention(nn.Module):
                 for old, new in zip(cache, (k, v), strict=True)
             )
             k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
-        out = attention.attend(q, k, v, mask).reshape(rows, time, cfg.num_attention_heads * cfg.head_dim)
+        if cfg.attention == "xla":
+            mask, distance = seen
+            out = attention.attend(q, k, v, mask if window is None else mask & (distance < window))
+        else:
+            # A kernel is compiled for its window: one for each that the layers have, and the layer says which.
+            kernels = [functools.partial(flash.attend, cfg.attention, window=w) for w in _windows(cfg)]
+            out = lax.switch(window, kernels, q, k, v, seen)
+        out = out.reshape(rows, time, cfg.num_attention_heads * cfg.head_dim)
         out = linear(cfg.hidden_size, ("heads", "embed"), use_bias=cfg.attention_out_bias, name="o_proj")(out)
         return out, cache
 
@@ -186,19 +194,22 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: Any, rope: Any, mask: jax.Array, distance: Any, index: Any, layer: jax.Array, window: Any
+        self, carry: Any, rope: Any, seen: Any, index: Any, layer: jax.Array, window: Any
     ) -> tuple[Any, None]:
         cfg = self.cfg
         x, cache = carry
-        if window is not None:
-            mask = mask & (distance < window)
         norm = functools.partial(RMSNorm, cfg.rms_norm_eps)
         attended, cache = Attention(cfg, name="self_attn")(
-            norm(name="input_layernorm")(x), rope, mask, cache, layer, index
+            norm(name="input_layernorm")(x), rope, seen, cache, layer, index, window
         )
         x = _activation(x + attended)
         x = x + MLP(cfg, name="mlp")(norm(name="post_attention_layernorm")(x))
         return (_activation(x), cache), None
+
+
+def _windows(cfg: ModelConfig) -> tuple[int | None, ...]:
+    """The windows that layers have, each once."""
+    return tuple(dict.fromkeys(cfg.sliding_windows))
 
 
 def _activation(x_RTD: jax.Array) -> jax.Array:
@@ -219,7 +230,15 @@ class Decoder(nn.Module):
         prefix_ids_RT: jax.Array | None,
         cache: Any,
     ) -> tuple[jax.Array, Any]:
-        cfg = self.cfg
+        name, reason = attention.choose(
+            self.cfg,
+            packed=segment_ids_RT is not None,
+            prefixes=prefix_ids_RT is not None,
+            cached=cache is not None,
+        )
+        if cache is None and sharding.platform() != "cpu":  # where there is nothing to choose, nothing is said
+            attention.say(name, reason)
+        cfg = dataclasses.replace(self.cfg, attention=name)
         dtype = jnp.dtype(cfg.compute_dtype)
         shape = (cfg.vocab_size, cfg.hidden_size)
         table = functools.partial(Table, "embedding", shape, ("vocab", None), cfg.initializer_range)
@@ -236,12 +255,17 @@ class Decoder(nn.Module):
             index, buffers, first = cache["index"], (cache["k"], cache["v"]), cache["index"]
             keys_RS = lax.dynamic_update_slice(cache["segment_ids"], segment_ids_RT, (jnp.zeros_like(index), index))
         n_keys = n_queries if cache is None else cache["k"].shape[2]
-        windows = set(cfg.sliding_windows)
-        uniform = len(windows) == 1  # one static window, or none: the mask is made once, outside of the scan
-        distance_TS = attention.distance(n_queries, n_keys, first)
-        window = windows.pop() if uniform else None
-        mask = attention.attention_mask(distance_TS, queries_RT, keys_RS, prefixes_RT=prefix_ids_RT, window=window)
-        window_L = None if uniform else jnp.array([w or n_keys for w in cfg.sliding_windows], jnp.int32)
+        windows = _windows(cfg)
+        if cfg.attention == "xla":
+            uniform = len(windows) == 1  # one static window, or none: the mask is made once, outside of the scan
+            distance_TS = attention.distance(n_queries, n_keys, first)
+            window = windows[0] if uniform else None
+            mask = attention.attention_mask(distance_TS, queries_RT, keys_RS, prefixes_RT=prefix_ids_RT, window=window)
+            seen: Any = (mask, distance_TS)
+            window_L = None if uniform else jnp.array([w or n_keys for w in cfg.sliding_windows], jnp.int32)
+        else:
+            seen = segment_ids_RT
+            window_L = jnp.array([windows.index(w) for w in cfg.sliding_windows], jnp.int32)
 
         body = Layer
         if REMAT_POLICIES[cfg.remat] is not None and cache is None:
@@ -250,12 +274,13 @@ class Decoder(nn.Module):
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
             length=cfg.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # would trace the body once more
         )(cfg, name="layers")
         layer_L = jnp.arange(cfg.num_hidden_layers)
-        (x, buffers), _ = layers((x, buffers), rope, mask, distance_TS, index, layer_L, window_L)
+        (x, buffers), _ = layers((x, buffers), rope, seen, index, layer_L, window_L)
 
         x = RMSNorm(cfg.rms_norm_eps, name="norm")(x)
         if cfg.num_labels:

@@ -3,6 +3,7 @@
 Letters: R rows, T time, V vocabulary, D model.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxalign import sharding
+
+
+# What a group's states may take at once in float32, which they are on the way back. Long rows are looked up in parts.
+GROUP_BYTES = 256 * 2**20
 
 
 def vocab_axes(table_VD: Any, mesh: Any) -> tuple[str, ...]:
@@ -22,9 +27,9 @@ def vocab_axes(table_VD: Any, mesh: Any) -> tuple[str, ...]:
 def lookup(table_VD: jax.Array, tokens_RT: jax.Array, dtype: Any) -> jax.Array:
     """table[tokens] as [R, T, D] in `dtype`.
 
-    On a mesh each device looks the tokens of its whole fsdp group up in its own slice of the vocabulary, and the sum
-    over the group (all terms but one are zero, so it is exact) returns to the rows' owners. What travels is the
-    batch's activations, in the forward and in the backward pass, instead of the table.
+    On a mesh each device looks the tokens of its whole fsdp (and sequence) group up in its own slice of the
+    vocabulary, and the sum over the group (all terms but one are zero, so it is exact) returns to the tokens' owners.
+    What travels is the batch's activations, in the forward and in the backward pass, instead of the table.
     """
     mesh = sharding.current_mesh()
     axes = () if mesh is None else vocab_axes(table_VD, mesh)
@@ -32,19 +37,33 @@ def lookup(table_VD: jax.Array, tokens_RT: jax.Array, dtype: Any) -> jax.Array:
         return table_VD.astype(dtype)[tokens_RT] if table_VD.dtype == dtype else table_VD[tokens_RT].astype(dtype)
     rows = sharding.fit(tokens_RT.shape[0], sharding.ROWS, mesh)
     time = sharding.fit(tokens_RT.shape[1], "sequence", mesh)
-    gathers = rows is not None and "fsdp" in axes
+    # Axes that split both tokens and vocabulary, with the dimension of the tokens.
+    shared = {axis: dim for axis, dim, split in (("fsdp", 0, rows), ("sequence", 1, time)) if split and axis in axes}
+    others = tuple(axis for axis in axes if axis not in shared)
 
-    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        if gathers:
-            tokens = lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+    def look(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        for axis, dim in shared.items():
+            tokens = lax.all_gather(tokens, axis, axis=dim, tiled=True)
         index = tokens - lax.axis_index(axes) * table.shape[0]
         here = (index >= 0) & (index < table.shape[0])
         found = jnp.where(here[..., None], table[jnp.where(here, index, 0)], 0).astype(dtype)
-        if not gathers:
-            return lax.psum(found, axes)
-        if "tensor" in axes:
-            found = lax.psum(found, "tensor")
-        return lax.psum_scatter(found, "fsdp", scatter_dimension=0, tiled=True)
+        if others:
+            found = lax.psum(found, others)
+        for axis, dim in shared.items():
+            found = lax.psum_scatter(found, axis, scatter_dimension=dim, tiled=True)
+        return found
+
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        rows, time = tokens.shape
+        group_bytes = tokens.size * sharding.axis_size(tuple(shared), mesh) * table.shape[1] * 4
+        needed = min(-(-group_bytes // GROUP_BYTES), time)
+        n = next(n for n in range(needed, time + 1) if time % n == 0)
+        if n == 1:
+            return look(table, tokens)
+        chunks = tokens.reshape(rows, n, -1).swapaxes(0, 1)
+        # Recomputed, so that the backward pass keeps tokens and not a [.., D] mask of what was found.
+        found = lax.map(jax.checkpoint(functools.partial(look, table), prevent_cse=False), chunks)
+        return found.swapaxes(0, 1).reshape(rows, time, -1)
 
     return jax.shard_map(
         local,

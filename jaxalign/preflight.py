@@ -1,0 +1,613 @@
+"""Whether a run fits, before a chip-hour is spent: `python -m jaxalign.preflight --config=FILE --topology=v5p:2x2x2`.
+
+    --topology=NAME        TPUs to compile for, generation and chips: v5p:2x2x2, v5e:4x4. Needs libtpu, but no TPU
+    --here                 compile for the devices of this machine instead
+    --model_config=FILE    a config.json to take in place of model.path's: no model has to be here
+    --json                 one JSON object on stdout
+
+The programs of the run (scoring, train step, evaluation, sampling: prefill and decode in one) are compiled at their
+longest rows from abstract arrays: no data and no weights are read. Exit status 0: it fits. 1: it does not. 2: the
+config, the model or the topology can't be used.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from jaxalign import build, paths, sampling, sharding
+from jaxalign import config as config_lib
+from jaxalign.data.batching import default_buckets
+from jaxalign.generate import PROMPT_MULTIPLE
+from jaxalign.messages import first_line
+from jaxalign.models.config import ModelConfig
+
+GIB = 2**30
+
+# What a program may use of each device, in GiB: what the compiler of libtpu 0.0.42 says when an array is too large. The
+# rest of a chip's 32, 95, 16, 32 or 192 GB is the runtime's. JAX's device is a chip, on a TPU7x half a chip.
+HBM_GIB = {"TPU v4": 30.75, "TPU v5": 95.74, "TPU v5 lite": 15.75, "TPU v6 lite": 31.25, "TPU7x": 94.75}
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+STEPS = 1000  # of a run whose length only its data tell: no program's memory depends on it
+
+
+class Job(NamedTuple):
+    """A program to compile: what it is called with, and what else of the run is alive meanwhile (abstract arrays)."""
+
+    name: str
+    rows: tuple[int, int]
+    lower: Callable[[], Any]
+    arguments: Any
+    besides: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes of each device while one program runs.
+
+    Attributes:
+      arguments, temporaries, code: the program's own.
+      output: without what takes the place of a donated argument.
+      besides: everything else that is alive, other programs' code included.
+      exhausted: the compiler gave up for want of memory and `temporaries` is derived from what it said.
+      collectives: {kind: (how often, bytes)}, see `collectives`.
+    """
+
+    name: str
+    rows: tuple[int, int]
+    arguments: int
+    temporaries: int
+    output: int
+    code: int
+    besides: int
+    seconds: float
+    exhausted: bool
+    collectives: dict[str, tuple[int, int]]
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.output + self.code + self.besides
+
+
+def preflight(run: build.Programs) -> dict[str, Any]:
+    """Compiles the programs of a run and adds up what each device needs. Call under `jax.set_mesh(run.mesh)`.
+
+    Returns:
+        device {kind, count, processes, memory}; mesh; model {parameters, remat, compute_dtype, attention};
+        programs [the fields of `Need`, total]; needed (the most over programs) and fits; checkpoint and export (bytes
+        on disk in all), host (bytes of each process for its part of a checkpoint while that is written); settings
+        [{setting, estimate, fits}], what to change first, empty where it fits.
+    """
+    device = run.mesh.devices.flat[0]
+    needs = [measure(job, device.platform) for job in jobs(run)]
+    code = sum(need.code for need in needs)
+    needs = [dataclasses.replace(need, besides=need.besides + code - need.code) for need in needs]
+    memory = memory_of(device)
+    worst = max(needs, key=lambda need: need.total)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.state.params))
+    export = run.config.export.dtype
+    fits = worst.total <= memory
+    return {
+        "device": {
+            "kind": device.device_kind,
+            "count": run.mesh.size,
+            "processes": len({device.process_index for device in run.mesh.devices.flat}),
+            "memory": memory,
+        },
+        "mesh": dict(run.mesh.shape),
+        "model": {
+            "parameters": parameters,
+            "compute_dtype": run.cfg.compute_dtype,
+            "remat": run.cfg.remat,
+            "attention": run.attention,
+        },
+        "programs": [{**dataclasses.asdict(need), "total": need.total} for need in needs],
+        "needed": worst.total,
+        "fits": fits,
+        "checkpoint": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.state)),
+        "export": parameters * np.dtype(run.cfg.dtype if export == "source" else export).itemsize,
+        "host": host_bytes(run.state),
+        "settings": [] if fits else settings(run, needs, memory),
+    }
+
+
+def jobs(run: build.Programs) -> Iterator[Job]:
+    """The programs of a run with all that they are called with, each at its longest rows."""
+    config, state = run.config, run.state
+    length = (config.data.buckets or default_buckets(config.max_length))[-1]
+    rows = sharding.row_sharding(run.mesh)
+
+    def batch(n_rows: int, **more: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        leaves = {"tokens": np.int32, "positions": np.int32, "mask": np.bool_, **more}
+        tokens = {x: jax.ShapeDtypeStruct((n_rows, length), dtype, sharding=rows) for x, dtype in leaves.items()}
+        return {**tokens, "lengths": jax.ShapeDtypeStruct((n_rows,), np.int32, sharding=rows)}
+
+    def job(name: str, function: Any, arguments: tuple[Any, ...], besides: Any, n_rows: int) -> Job:
+        return Job(name, (n_rows, length), lambda: function.lower(*arguments), arguments, besides)
+
+    fixed = None if run.sync is not None or run.cached_reference else run.reference
+    eval_rows = 2 * run.eval_pairs
+    if run.sync is not None:
+        others = {name: x for name, x in state.aux.items() if name != "reference"}
+        moving = (state.aux["reference"], batch(run.rows))
+        yield job("score", run.score, moving, state._replace(aux=others), run.rows)
+    elif run.cached_reference:  # before the first step, when there is no optimizer yet
+        n_rows = run.rows // config.gradient_accumulation_steps
+        yield job("score", run.score_once, (run.reference, batch(n_rows)), state.params, n_rows)
+    else:
+        yield job("score", run.score, (run.reference, batch(run.rows)), state, run.rows)
+    yield job("train step", run.train_step, (state, None, batch(run.rows, ref_logps=np.float32)), fixed, run.rows)
+    without_weights = (state._replace(params=None), fixed)
+    if config.data.eval.path or config.data.eval.split or config.data.eval.fraction:
+        arguments = (state.params, None, batch(eval_rows, ref_logps=np.float32))
+        yield job("evaluate", run.examples, arguments, without_weights, eval_rows)
+    if config.samples.prompts:
+        yield sampler(run, without_weights)
+
+
+def sampler(run: build.Programs, besides: Any) -> Job:
+    """The program that makes completions of the config's prompts, as long as its data allow (`generate.stream`)."""
+    config = run.config
+    prompts = config.samples.prompts
+    shards = sharding.axis_size(sharding.ROWS, run.mesh)
+    n_rows = -(-(prompts if isinstance(prompts, int) else len(prompts)) // shards) * shards
+    width = sampling.bucket(config.data.max_prompt_length or config.max_length - 1, PROMPT_MULTIPLE)
+    new = config.samples.max_new_tokens
+    inputs = (
+        jax.ShapeDtypeStruct((n_rows, width), np.int32),
+        jax.ShapeDtypeStruct((n_rows, width), np.bool_),
+        jax.eval_shape(lambda: sampling.request_keys(0, np.arange(n_rows))),
+        sampling.make_limits(n_rows, max_new=new),
+    )
+
+    def lower() -> Any:
+        return sampling.generate.lower(run.cfg, run.state.params, *inputs, max_new_tokens=new)
+
+    return Job("sample", (n_rows, width + new), lower, (run.state.params, inputs), besides)
+
+
+def measure(job: Job, platform: str) -> Need:
+    """Compiles a program and reads what it needs; the compiler's RESOURCE_EXHAUSTED is a result too."""
+    began = time.perf_counter()
+    arguments = device_bytes(job.arguments)
+    temporaries = output = code = 0
+    found: dict[str, tuple[int, int]] = {}
+    exhausted = False
+    try:
+        compiled = job.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = exhausted_bytes(str(error))
+        if needed is None:
+            raise
+        exhausted, temporaries = True, max(needed - arguments, 0)
+    else:
+        stats = compiled.memory_analysis()
+        arguments, code = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
+        output = stats.output_size_in_bytes - stats.alias_size_in_bytes
+        temporaries = stats.temp_size_in_bytes
+        if platform == "tpu":
+            # There temp_size counts what loops carry twice. The peak is the sum of the compiler's own allocations, the
+            # one that it holds against the chip's memory.
+            temporaries = max(stats.peak_memory_in_bytes - arguments - output, 0)
+        found = collectives(compiled.as_text())
+    seconds = time.perf_counter() - began
+    besides = device_bytes(job.besides)
+    return Need(job.name, job.rows, arguments, temporaries, output, code, besides, seconds, exhausted, found)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of an abstract tree on one device; an array without a sharding is there whole."""
+
+    def one(leaf: Any) -> int:
+        placed = getattr(leaf, "sharding", None)
+        shape = leaf.shape if placed is None else placed.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def host_bytes(tree: Any) -> int:
+    """Bytes of the arrays that one process, the one with the most, copies to its host to write a checkpoint."""
+    totals: Counter[int] = Counter()
+    for leaf in jax.tree.leaves(tree):
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        seen = set()
+        for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+            where = tuple((part.start, part.stop) for part in index)
+            if where not in seen:  # copies of it are not written
+                seen.add(where)
+                totals[device.process_index] += size
+    return max(totals.values())
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_NUMBER = re.compile(r"(?:HLO temporaries \(|Used |allocate |allocating |reserve |request for )([\d.]+) ?([KMGT]?)")
+
+
+def exhausted_bytes(message: str) -> int | None:
+    """The bytes that a RESOURCE_EXHAUSTED message says were asked for; None if it is no matter of a device's memory.
+
+    While compiling for TPU that is what the whole program needs, arguments included; at run time the allocation that
+    failed. (Too little of a core's own memory, vmem or smem, is a kernel's fault.)
+    """
+    if "RESOURCE_EXHAUSTED" not in message or re.search(r"memory space [vs]mem", message):
+        return None
+    found = _NUMBER.search(message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+
+
+def memory_of(device: Any) -> int:
+    """Bytes that programs may use of a device; of a CPU device its part of the host's memory.
+
+    Raises:
+      ValueError: a kind of TPU whose memory is not known here.
+    """
+    if device.platform == "tpu":
+        if device.device_kind not in HBM_GIB:
+            raise ValueError(f"the memory of {device.device_kind!r} is not known; known are {', '.join(HBM_GIB)}")
+        return int(HBM_GIB[device.device_kind] * GIB)
+    if stats := device.memory_stats():
+        return int(stats["bytes_limit"])
+    from jaxalign.doctor import host_memory
+
+    return host_memory() // jax.local_device_count()
+
+
+# ---- what the compiled text says
+
+
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|(?:true|false)_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+
+
+class Instruction(NamedTuple):
+    """One line of a computation: `kind` is the type of its result, `rest` what follows its opening bracket."""
+
+    kind: str
+    opcode: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.partition(")")[0])
+
+
+Computation = dict[str, Instruction]
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """What travels between devices in one run of a compiled program: {kind: (how often, bytes on each device)}.
+
+    Bytes are those of the whole array that a device gathers, reduces or hands on. What stands in a loop counts as often
+    as the loop runs: XLA says so where it knows (known_trip_count), else it follows from the loop's condition, counter
+    below a constant. A loop whose end depends on data (chunks of scored tokens in the head, tokens of an answer) counts
+    as one round.
+
+    Args:
+      text: the optimised HLO, `compiled.as_text()`.
+    """
+    computations: dict[str, Computation] = {}
+    entry, current = "", {}
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            current[found[1]] = Instruction(*found.groups()[1:])
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+
+    def visit(name: str, times: int) -> None:
+        here = computations[name]
+        for instruction in here.values():
+            opcode = instruction.opcode
+            kind = opcode.removesuffix("-done")
+            if kind in COLLECTIVES:  # of a pair of -start and -done the latter has the result
+                inputs = 0 if kind != opcode else sum(_bytes(here[x].kind) for x in instruction.operands if x in here)
+                counts[kind] += times
+                sizes[kind] += times * max(_bytes(instruction.kind), inputs)
+            elif opcode == "while":
+                body = _attribute("body", instruction.rest)
+                visit(body, times * _rounds(computations, here, instruction, body))
+            elif not opcode.endswith(("-done", "-update")):
+                for called, branches in _CALLED.findall(instruction.rest):
+                    for other in re.findall(r"[\w.\-]+", called or branches):
+                        visit(other, times)
+
+    visit(entry, 1)
+    return {kind: (counts[kind], sizes[kind]) for kind in COLLECTIVES if counts[kind]}
+
+
+def _attribute(name: str, rest: str) -> str:
+    found = re.search(rf"{name}=%?([\w.\-]+)", rest)
+    assert found, f"an HLO instruction without {name}: {rest[:200]}"
+    return found[1]
+
+
+def _bytes(kind: str) -> int:
+    """Bytes of all arrays in an HLO type, such as (bf16[8,128]{1,0}, u32[])."""
+    widths = {"pred": 8, "token": 0}
+    return sum(
+        int(width or widths.get(dtype, 0)) * math.prod(int(n) for n in dims.split(",") if n)
+        for dtype, width, dims in _ARRAY.findall(kind)
+    ) // 8
+
+
+def _rounds(computations: Mapping[str, Computation], here: Computation, loop: Instruction, body: str) -> int:
+    """How often a while loop runs; 1 where that depends on data."""
+    if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+        return int(found[1])
+    condition = computations[_attribute("condition", loop.rest)]
+    compare = list(condition.values())[-1]
+    if compare.opcode != "compare" or "direction=LT" not in compare.rest:
+        return 1
+    counter, limit = (condition[name] for name in compare.operands)
+    if limit.opcode != "constant" or counter.opcode != "get-tuple-element":
+        return 1
+    index = int(re.findall(r"index=(\d+)", counter.rest)[0])
+    carried = list(computations[body].values())[-1].operands[index]
+    start = here[loop.operands[0]].operands[index] if here[loop.operands[0]].opcode == "tuple" else ""
+    added = [_constant(computations[body], name) for name in computations[body][carried].operands]
+    step = next((number for number in added if number), 1)
+    first = _constant(here, start) or 0
+    return max(-(-(int(limit.rest.partition(")")[0]) - first) // step), 0)
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    found = computation.get(name)
+    return int(found.rest.partition(")")[0]) if found and found.opcode == "constant" else None
+
+
+# ---- what to change where it does not fit
+
+
+def settings(run: build.Programs, needs: Sequence[Need], memory: int) -> list[dict[str, Any]]:
+    """At most two settings that would make the run fit by a rough estimate; if none would, the one that helps most.
+
+    Activations are taken to grow with the tokens of a micro-batch and with what `remat` keeps of them
+    (`kept_bytes`), the rest of the temporaries to be the gradients: one copy in float32, two under accumulation.
+    """
+    config, cfg = run.config, run.cfg
+    splits, shape = config.gradient_accumulation_steps, run.mesh.shape
+    shards = shape["data"] * shape["fsdp"]
+    weights = device_bytes(run.state.params)
+    reference = device_bytes(run.reference) if run.sync is None and not run.cached_reference else 0
+
+    def estimate(*, splits_: int = splits, remat: str = cfg.remat, reference_: int = reference, split: int = 1) -> int:
+        activations = kept_bytes(cfg, remat, config.max_length) / kept_bytes(cfg, cfg.remat, config.max_length)
+        activations *= splits / splits_
+        totals = []
+        for need in needs:
+            fixed = min(need.temporaries, weights * (1 + (splits > 1))) if need.name == "train step" else 0
+            moving = 1.0 if need.name == "sample" else activations if need.name == "train step" else splits / splits_
+            gradients = weights * (1 + (splits_ > 1)) if fixed else 0
+            kept = need.total - need.temporaries - (reference - reference_)
+            totals.append((kept + gradients) // split + int((need.temporaries - fixed) * moving))
+        return max(totals)
+
+    candidates = []
+    more = [n for n in range(splits + 1, config.batch_size + 1)
+            if config.batch_size % n == 0 and 2 * config.batch_size // n % shards == 0]  # fmt: skip
+    for n in more:
+        candidates.append((f"gradient_accumulation_steps={n}", estimate(splits_=n)))
+    if cfg.remat != "full":
+        candidates.append(("model.remat=full", estimate(remat="full")))
+    if shape["data"] > 1:
+        candidates.append(("mesh.data=1 mesh.fsdp=-1", estimate(split=shape["data"])))
+    if reference:
+        candidates.append(("reference.mode=cached", estimate(reference_=0)))
+    if more:
+        best = estimate(splits_=more[-1], remat="full", reference_=0)
+        together = f"gradient_accumulation_steps={more[-1]} model.remat=full reference.mode=cached"
+        candidates.append((together, best))
+    found = [{"setting": text, "estimate": size, "fits": size <= memory} for text, size in candidates]
+    fitting: dict[str, dict[str, Any]] = {}  # the first of each key
+    for one in found:
+        if one["fits"]:
+            fitting.setdefault(one["setting"].partition("=")[0], one)
+    return list(fitting.values())[:2] or sorted(found, key=lambda one: one["estimate"])[:1]
+
+
+def kept_bytes(cfg: ModelConfig, remat: str, length: int) -> float:
+    """Bytes of one token that a backward pass finds kept, roughly: of every layer what `remat` keeps, and one layer's
+    all. Attention scores count as if there were no kernel."""
+    width, mlp = cfg.hidden_size, cfg.intermediate_size
+    queries, keys = cfg.num_attention_heads * cfg.head_dim, 2 * cfg.num_key_value_heads * cfg.head_dim
+    products = 2 * width + 2 * queries + keys + 2 * mlp
+    scores = cfg.num_attention_heads * length
+    kept = {"full": width, "dots_no_batch": products, "dots": products + 2 * scores}
+    everything = 2 * products + 4 * scores
+    return (cfg.num_hidden_layers * kept.get(remat, everything) + everything) * np.dtype(cfg.compute_dtype).itemsize
+
+
+# ---- how it is said
+
+
+def show(report: Mapping[str, Any], console: Any) -> None:
+    """Prints a report of `preflight` to a rich console."""
+    from rich.table import Table
+
+    device, model = report["device"], report["model"]
+    axes = " x ".join(f"{name} {size}" for name, size in report["mesh"].items() if size > 1) or "one device"
+    attention, why = model["attention"]
+    console.print(
+        f"{device['count']} x {device['kind']} ({axes}), {device['processes']} host(s); {model['parameters']:,} "
+        f"weights, {model['compute_dtype']}, remat {model['remat']}, attention {attention} ({why})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(title="memory of each device")
+    table.add_column("program")
+    for heading in ("rows", "arguments", "temporaries", "output", "code", "alive besides", "all", "compiled"):
+        table.add_column(heading, justify="right")
+    for need in report["programs"]:
+        names = ("arguments", "temporaries", "output", "code", "besides", "total")
+        at_least = "out of memory" if need["exhausted"] else f"{need['seconds']:.0f} s"
+        rows, length = need["rows"]
+        table.add_row(need["name"], f"{rows} x {length:,}", *(_size(need[name]) for name in names), at_least)
+    sent = Table(title="sent between devices in one call, bytes of each device")
+    sent.add_column("program")
+    for kind in COLLECTIVES:
+        sent.add_column(kind, justify="right")
+    for need in report["programs"]:
+        found = need["collectives"]
+        cells = [f"{_size(found[kind][1])} in {found[kind][0]:,}" if kind in found else "" for kind in COLLECTIVES]
+        sent.add_row(need["name"], *cells)
+    verdict = "fits" if report["fits"] else "does not fit"
+    lines = [
+        f"{verdict}: {_size(report['needed'])} of a device's {_size(device['memory'])}",
+        f"a checkpoint {_size(report['checkpoint'])}, the export {_size(report['export'])}; host memory of a process for "
+        f"a checkpoint that is being written: {_size(report['host'])}",
+    ]
+    for one in report["settings"]:
+        outcome = "should fit" if one["fits"] else "still too much: it needs more devices, too"
+        lines.append(f"try {_flags(one['setting'])}: about {_size(one['estimate'])}, {outcome}")
+    console.print(table)
+    if any(need["collectives"] for need in report["programs"]):
+        console.print(sent)
+    console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
+
+
+def _flags(setting: str) -> str:
+    return " ".join(f"--config.{part}" for part in setting.split())
+
+
+def _size(size: float) -> str:
+    """Bytes in MB or GB (10**6, 10**9)."""
+    return f"{size / 1e6:.1f} MB" if size < 1e8 else f"{size / 1e9:.2f} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
+
+
+def explain(run: build.Programs, error: BaseException) -> str:
+    """What to say of a RESOURCE_EXHAUSTED at run time: the table of this run, and a setting to try.
+
+    Compiles the run's programs, which are in the compilation cache by then. Call under `jax.set_mesh(run.mesh)`.
+    """
+    from rich.console import Console
+
+    report = preflight(run)
+    if report["fits"]:  # by the table; what it does not know of has to fit too
+        needs = [Need(**{name: x for name, x in need.items() if name != "total"}) for need in report["programs"]]
+        report = {**report, "settings": settings(run, needs, int(0.8 * report["needed"]))}
+    report = {**report, "settings": report["settings"][:1]}
+    text = io.StringIO()
+    asked = exhausted_bytes(str(error))
+    print(f"out of memory{f' when {_size(asked)} were asked for' if asked else ''}:", file=text)
+    show(report, Console(file=text, width=120))
+    return text.getvalue()
+
+
+# ---- the command
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """Devices of TPUs that are not here, for the compiler alone. To be called before JAX has looked for devices.
+
+    Args:
+      topology: generation and chips, such as v5p:2x2x2, v5e:4x4, v5e:1x1.
+
+    Raises:
+      ValueError: no such topology, or libtpu is missing or not the version that the installed jax asks for.
+    """
+    match = re.fullmatch(r"\w+:(\d+)x(\d+)(x\d+)?", topology)
+    if not match:
+        raise ValueError(f"--topology={topology}: expected a generation and its chips, such as v5p:2x2x2 or v5e:4x4")
+    check_libtpu()
+    # The compiler asks neither the cloud's metadata server nor for a TPU, which another process may be using.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {"chips_per_host_bounds": [min(2, int(match[1])), min(2, int(match[2])), 1]}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # a chip is one device, as on the VMs
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"--topology={topology}: {first_line(error)}") from error
+
+
+def check_libtpu() -> None:
+    """Raises ValueError unless the libtpu that the installed jax asks for is installed."""
+    pins = [re.match(r"libtpu==([\d.]+\d)", text) for text in importlib.metadata.requires("jax") or ()]
+    wanted = next(pin[1] for pin in pins if pin)
+    install = f'jax {jax.__version__} asks for libtpu {wanted}: pip install "jaxalign[tpu]"'
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(f"--topology needs the TPU compiler, libtpu, which is not installed; {install}")
+    there = importlib.metadata.version("libtpu")
+    if not f"{there}.".startswith(f"{wanted}."):
+        raise ValueError(f"libtpu {there} is installed, but {install}")
+
+
+def programs(config: ConfigDict, mesh: jax.sharding.Mesh) -> build.Programs:
+    """The programs of a config's run on a mesh, its model's shape read from config.json or GGUF metadata alone."""
+    platform = mesh.devices.flat[0].platform
+    cfg = build.model_config(config, path=config.model.path, platform=platform)
+    build.check_model(cfg, config, None)
+    ref_path = config.reference.path
+    ref_cfg = cfg if ref_path is None else build.model_config(config, path=ref_path, platform=platform)
+    return build.Programs(config, mesh, cfg, ref_cfg, steps=config.steps or STEPS)
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[Any]) -> jax.sharding.Mesh:
+    """The mesh that the run would make of `devices`: neighbours on it are neighbours in the chips' network."""
+    from jax.experimental import mesh_utils
+
+    shape = sharding.resolve_sizes(config.mesh.to_dict(), len(devices))
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return sharding.make_mesh(**config.mesh.to_dict(), devices=list(grid.flat))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring for its exit status."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("topology", None, "TPUs to compile for, such as v5p:2x2x2 or v5e:4x4.", flag_values=values)
+    flags.DEFINE_bool("here", False, "Compile for the devices of this machine.", flag_values=values)
+    flags.DEFINE_string("model_config", None, "A config.json to take in place of model.path's.", flag_values=values)
+    flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=values)
+    config = config_lib.parse(argv, values)
+    try:
+        if (values.topology is None) != values.here:
+            raise ValueError("give one of --topology=NAME (such as v5p:2x2x2) and --here")
+        devices = jax.devices() if values.here else tpu_devices(values.topology)
+        if values.model_config is not None:
+            file = paths.at(values.model_config)
+            config.model.path, config.model.random = None, ConfigDict(paths.read_json(file))
+        config_lib.validate(
+            {**config.to_dict(), "tokenizer": {"path": config.tokenizer.path or "bytes"}}, n_devices=len(devices)
+        )
+        mesh = make_mesh(config, devices)
+        with sharding.use_mesh(mesh):
+            report = preflight(programs(config, mesh))
+    except ValueError as error:
+        print(f"jaxalign: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if values.json:
+        print(json.dumps(report))
+    else:
+        from rich.console import Console
+
+        show(report, Console(width=None if sys.stdout.isatty() else 120))
+    raise SystemExit(0 if report["fits"] else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.epochs = 1.0
     config.seed = 42
     config.batch_size = 128
-    config.gradient_accumulation_steps = 4
+    config.gradient_accumulation_steps = 8
     config.max_length = 2048
 
     config.model.path = arg or "meta-llama/Meta-Llama-3-8B-Instruct"

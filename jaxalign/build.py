@@ -58,8 +58,8 @@ def load_tokenizer(config: ConfigDict) -> tuple[Any, str]:
     return hf.load_tokenizer(path, chat_template=config.data.chat_template), path
 
 
-def load_data(config: ConfigDict, dropped_path: PathLike, dataset: Any = None, eval_dataset: Any = None) -> Data:
-    """Tokenized training and evaluation pairs; rows that can't be used are listed in `dropped_path`.
+def load_data(config: ConfigDict, dropped_path: PathLike | None, dataset: Any = None, eval_dataset: Any = None) -> Data:
+    """Tokenized training and evaluation pairs; rows that can't be used are listed in `dropped_path` (or in the cache).
 
     Args:
       dataset, eval_dataset: rows in place of data.path and data.eval.path.

@@ -395,7 +395,8 @@ def params_reader(
     record = _read_record(folder, step)
     wanted = _paths({"params": abstract_params})
     _check_structure(_params_of(record["leaves"]), wanted, f"checkpoint {step} in {folder}")
-    order, held = list(wanted), {}
+    order = list(wanted)
+    held: dict[str, jax.Array] = {}
 
     def read(path: tuple[str, ...]) -> jax.Array:
         name = "/".join(("params", *path))
@@ -630,7 +631,7 @@ class Checkpoints:
         return RuntimeError(
             f"checkpoint {step} could not be written to {self.folder}: {type(error).__name__}: {error}. "
             f"{'No checkpoint is there' if good is None else f'Checkpoint {good} is the newest'}; "
-            "see to the space and the rights of that disk and start the same command again"
+            "see to the space and the rights there and start the same command again"
         )
 
     def wait(self) -> None:

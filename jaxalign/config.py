@@ -431,7 +431,7 @@ def _loss_contradictions(c: ConfigDict) -> Iterator[Problem]:
     terms = c.loss.name.split("+")
     nameless = [term for term in terms if _loss_options(term) is None]
     if nameless:
-        from jaxalign.losses.preference import LOSSES
+        from jaxalign.losses import LOSSES
 
         hint = did_you_mean(nameless[0], LOSSES)
         yield ("loss.name",), f"loss.name: {nameless[0]!r} is none of {', '.join(LOSSES)}, or sft in a sum{hint}"
@@ -511,7 +511,7 @@ def _loss_options(name: str) -> frozenset[str] | None:
     """The keywords that a term of loss.name takes; None for a name that doesn't exist."""
     if name == "sft":
         return frozenset()
-    from jaxalign.losses.preference import LOSSES
+    from jaxalign.losses import LOSSES
 
     return frozenset(LOSSES[name].options) if name in LOSSES else None
 

@@ -36,8 +36,8 @@ class Key:
 _DTYPES = ("float32", "bfloat16", "float16")
 
 KEYS: tuple[Key, ...] = (
-    Key("workdir", None, str | None, "Folder of the run, on a disk that all hosts see: checkpoints, metrics.jsonl, "
-        "config.json, export. None: runs/<name of the config file>."),
+    Key("workdir", None, str | None, "Folder of the run, on a disk that all hosts see or in a bucket (gs://...): "
+        "checkpoints, metrics.jsonl, config.json, export. None: runs/<name of the config file>."),
     Key("steps", None, int | None, "Optimizer updates to make; give either steps or epochs.", range="[1, inf)"),
     Key("epochs", None, float | None, "Passes over the training data; a fraction is allowed.", range="(0, inf)"),
     Key("seed", 0, int, "Seed of the order of the data, of sampling and of random weights.", range="[0, 2147483647]"),
@@ -54,8 +54,8 @@ KEYS: tuple[Key, ...] = (
     Key("watchdog_minutes", 30.0, float, "When no step (and no batch of an evaluation) was finished for so long, every "
         "process prints its stacks and exits 76; 0: never.", range="[0, inf)"),
 
-    Key("model.path", None, str | None, "Folder (config.json + safetensors), GGUF file, hub id, or package:NAME[/FILE] "
-        "for a file inside an installed Python package."),
+    Key("model.path", None, str | None, "Folder (config.json + safetensors; gs:// too), GGUF file, hub id, or "
+        "package:NAME[/FILE] for a file inside an installed Python package."),
     Key("model.random", None, dict | None, "Fields of a Hugging Face config.json: train this model from random weights "
         "instead of model.path; needs tokenizer.path."),
     Key("model.compute_dtype", "auto", str, "dtype of activations and matrix products (master weights are float32); "
@@ -70,8 +70,8 @@ KEYS: tuple[Key, ...] = (
     Key("tokenizer.path", None, str | None, "Folder, GGUF file, hub id or package:NAME/FILE; bytes: the built-in byte "
         "tokenizer. None: the model's own."),
 
-    Key("data.path", None, str | None, "Training rows: a file (json, jsonl, csv, parquet; also .gz), a glob, a folder "
-        "of a data set, a hub id, or package:NAME/FILE."),
+    Key("data.path", None, str | None, "Training rows: a file (json, jsonl, csv, parquet; also .gz) or a glob (gs:// "
+        "too), a folder of a data set, a hub id, or package:NAME/FILE."),
     Key("data.split", None, str | None, "Split of a data set that has several. None: train."),
     Key("data.name", None, str | None, "Configuration (subset) of a hub data set."),
     Key("data.format", "auto", str, "How a row is read; auto: by its columns."),
@@ -88,8 +88,8 @@ KEYS: tuple[Key, ...] = (
     Key("data.buckets", (), tuple[int, ...], "Row lengths to pad to, ascending, the last at least max_length; (): "
         "chosen automatically. One compilation each.", range="[1, inf)"),
     Key("data.max_rows", None, int | None, "Use only the first rows of the data.", range="[1, inf)"),
-    Key("data.cache_dir", None, str | None, "Folder of tokenized rows and of cached reference log-probs. None: a "
-        "private one in the user's cache folder."),
+    Key("data.cache_dir", None, str | None, "Folder of tokenized rows and of cached reference log-probs; gs:// too. "
+        "None: a private one in the user's cache folder."),
     Key("data.workers", None, int | None, "Processes that tokenize. None: one a core, for a small file none.",
         range="[0, inf)"),
     Key("data.eval.path", None, str | None, "Evaluation rows, like data.path."),

@@ -15,10 +15,8 @@ import json
 import logging
 import math
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -64,6 +62,7 @@ def evaluate(
     with sharding.use_mesh(mesh):
         run = build.Run(config, mesh, data)
         run.score_reference(say)
+        run.cached_reference = True  # no step will ask the reference: it makes room for the model
         run.release()
         params = _load(model, run, step)
         examples = evals.collect(run.examples, params, run.eval_batches(run.state._replace(params=params)))
@@ -105,10 +104,7 @@ def is_run(model: str) -> bool:
 def _of_model(config: ConfigDict, model: str, reference: str | None) -> ConfigDict:
     """The config of a run that would begin with `model`, only to be evaluated."""
     config = config.copy_and_resolve_references()
-    # In batches as training evaluates; what the reference says of them is kept, and it is given up.
-    config.batch_size = config.eval.batch_size or config.batch_size // config.gradient_accumulation_steps
-    config.gradient_accumulation_steps, config.eval.batch_size = 1, None
-    config.reference.mode, config.reference.sync_every = "cached", 0
+    config.reference.mode, config.reference.sync_every = "live", 0
     if is_run(model):
         saved = json.loads((paths.at(model) / run_folder.CONFIG_FILE).read_text())
         config.model.path, config.model.random = saved["model"]["path"], saved["model"]["random"]
@@ -141,8 +137,7 @@ def _load_pairs(config: ConfigDict) -> build.Data:
         config.data.max_rows, named.path, named.split = None, None, None
     elif not named.fraction:
         raise ValueError("the config names no evaluation pairs (data.eval.*): give --data=FILE")
-    with tempfile.TemporaryDirectory() as scratch:
-        data = build.load_data(config, Path(scratch) / "dropped.jsonl")
+    data = build.load_data(config, None)
     pairs = data.train if apart else data.held_out
     assert pairs is not None
     if config.eval.max_rows is not None:

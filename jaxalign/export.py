@@ -9,7 +9,6 @@ import logging as python_logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from etils import epath
 from jaxalign import build, checkpoint, hf, models, paths, run_folder, sharding
 from jaxalign import config as config_lib
 from jaxalign.models.config import ModelConfig
+from jaxalign.safetensors_file import Folder
 
 log = python_logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ class _Run(NamedTuple):
 
 
 def _open(folder: paths.PathLike) -> _Run:
-    folder = paths.at(folder)
-    file, checkpoints = folder / run_folder.CONFIG_FILE, folder / run_folder.CHECKPOINTS
+    where = paths.at(folder)
+    file, checkpoints = where / run_folder.CONFIG_FILE, where / run_folder.CHECKPOINTS
     if not checkpoints.is_dir() or not file.exists():
-        raise ValueError(f"{folder} is not the folder of a run: config.json and checkpoints/ are expected in it")
+        raise ValueError(f"{where} is not the folder of a run: config.json and checkpoints/ are expected in it")
     config = _read_config(file)
     return _Run(checkpoints, config, build.model_config(config, path=config.model.path))
 
@@ -84,7 +84,7 @@ def export(
     step: str | int = "last",
     dtype: str = "source",
     mesh: jax.sharding.Mesh | None = None,
-) -> Path | epath.Path:
+) -> Folder:
     """Writes checkpoint `step` of `run` to the folder `target`; see `hf.save` for what is in it.
 
     Args:
@@ -99,7 +99,7 @@ def export(
     opened = _open(run)
     tokenizer, _ = build.load_tokenizer(opened.config)
 
-    def save(params: Any) -> Path | epath.Path:
+    def save(params: Any) -> Folder:
         return hf.save(
             target,
             opened.cfg,
@@ -124,7 +124,9 @@ def export(
     raise checkpoint.InvalidCheckpoint(f"no checkpoint in {opened.checkpoints} is valid ({'; '.join(invalid)})")
 
 
-def in_subprocess(run: str | Path, target: str | Path, *, step: str | int = "last", dtype: str = "source") -> None:
+def in_subprocess(
+    run: paths.PathLike, target: paths.PathLike, *, step: str | int = "last", dtype: str = "source"
+) -> None:
     """`export` in a process of its own on the CPU, which belongs to no group of processes.
 
     Raises:

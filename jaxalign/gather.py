@@ -98,18 +98,22 @@ def _row_bytes(tensor: Tensor, dtype: np.dtype) -> int:
 
 
 def _blocks(names: Sequence[str], tensors: Mapping[str, Tensor], dtype: np.dtype, size: int) -> list[list[_Rows]]:
-    """The tensors in order, cut into blocks of at most `size` bytes, which no row exceeds."""
+    """The tensors in order, cut into blocks of at most `size` bytes, which no row exceeds.
+
+    Equal tensors are cut at equal rows, a quarter of a block at a time: each new size is a program to compile.
+    """
     blocks: list[list[_Rows]] = [[]]
     offset = 0
     for name in names:
-        row, start = _row_bytes(tensors[name], dtype), 0
-        while start < tensors[name].shape[0]:
-            if offset + row > size:
+        row, n_rows = _row_bytes(tensors[name], dtype), tensors[name].shape[0]
+        most = max(1, size // 4 // row)
+        for start in range(0, n_rows, most):
+            stop = min(start + most, n_rows)
+            if offset + (stop - start) * row > size:
                 blocks.append([])
                 offset = 0
-            stop = min(start + (size - offset) // row, tensors[name].shape[0])
             blocks[-1].append(_Rows(name, start, stop, offset))
-            start, offset = stop, offset + (stop - start) * row
+            offset += (stop - start) * row
     return blocks
 
 
@@ -124,11 +128,10 @@ def _own_pieces(value: Any) -> list[_Piece]:
     """The parts of a leaf that this process gives: of those who hold a part, the first device's process gives it."""
     if not isinstance(value, jax.Array) or value.is_fully_addressable and jax.process_count() > 1:
         return [_Piece(value, (0,) * value.ndim)] if jax.process_index() == 0 else []
-    givers: dict[tuple[int, ...], jax.Device] = {}
-    indices = value.sharding.devices_indices_map(value.shape)
+    givers: dict[tuple[int, ...], Any] = {}
+    indices: Any = value.sharding.devices_indices_map(value.shape)
     for device in sorted(indices, key=lambda device: (device.process_index, device.id)):
-        begin = tuple(part.start or 0 for part in indices[device])
-        givers.setdefault(begin, device)
+        givers.setdefault(tuple(part.start or 0 for part in indices[device]), device)
     pieces = {shard.device: shard.data for shard in value.addressable_shards}
     return [_Piece(pieces[device], begin) for begin, device in givers.items() if device in pieces]
 

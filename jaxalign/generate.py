@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxalign import hf, models, sampling, sharding
+from jaxalign import hf, models, paths, sampling, sharding
 from jaxalign.data import chat
 from jaxalign.models import ModelConfig, Params
 
@@ -174,7 +174,7 @@ def load(path: str, step: str | None = None, mesh: jax.sharding.Mesh | None = No
     Raises:
       ValueError: no model there, a step of what is no run, or weights that don't divide over the mesh.
     """
-    folder = Path(path).expanduser()
+    folder = paths.at(path)
     checkpoints, exported = folder / "checkpoints", folder / "export"
     if checkpoints.is_dir() or (exported.is_dir() and step not in (None, "last")):
         from jaxalign import export

@@ -41,7 +41,7 @@ from jaxalign.hf_files import (
 from jaxalign.messages import listed
 from jaxalign.models.config import ModelConfig, config_to_hf
 from jaxalign.paths import PathLike, inside, write_json
-from jaxalign.safetensors_file import DTYPES, THREADS, ReadRows
+from jaxalign.safetensors_file import DTYPES, THREADS, Folder, ReadRows
 
 __all__ = [
     "DTYPES",
@@ -123,12 +123,12 @@ def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 class _Source(NamedTuple):
     """Tensors under HF's names and in HF's layout."""
 
-    where: Path | epath.Path
+    where: Folder
     shapes: Mapping[str, tuple[int, ...]]
     read: ReadRows
 
 
-def _open_source(where: Path | epath.Path, cfg: ModelConfig) -> _Source:
+def _open_source(where: Folder, cfg: ModelConfig) -> _Source:
     if not is_gguf(where):
         return _Source(where, *safetensors_file.open_folder(where))
     everything = _leaves(dataclasses.replace(cfg, num_labels=0, tie_word_embeddings=False))
@@ -255,11 +255,11 @@ def _fill(
         """What goes into a layer's tensor of each part that has that layer: a view, and its bounds in HF's layout."""
         for part, bound in zip(parts, bounds, strict=True):
             if leaf.stacked:
-                (first, last), *bound = bound
+                (first, last), *rest = bound
                 if not first <= layer < last:
                     continue
-                part = part[layer - first]
-            yield (part.T, tuple(bound[::-1])) if leaf.transposed else (part, tuple(bound))
+                part, bound = part[layer - first], tuple(rest)
+            yield (part.T, bound[::-1]) if leaf.transposed else (part, bound)
 
     def fill(layer: int, start: int, stop: int) -> None:
         rows = source.read(leaf.names[layer], start, stop)
@@ -307,7 +307,7 @@ def save(
     generation_from: PathLike | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
-) -> Path | epath.Path:
+) -> Folder:
     """Writes a folder that transformers opens and reads back every bit of it; only then does the model appear.
 
     With several processes all of them call it: each writes every n-th weight file, a few megabytes at a time, to a disk
@@ -390,7 +390,7 @@ def _check_params(cfg: ModelConfig, params: Mapping[str, Any], leaves: Iterable[
         )
 
 
-def _check_target(target: Path | epath.Path) -> None:
+def _check_target(target: Folder) -> None:
     """Raises ValueError if something is at `target` that is no model."""
     if not target.exists() or (target / "config.json").exists():
         return
@@ -513,9 +513,8 @@ def fingerprint(path: PathLike, *, whole_below: int = 10**9) -> str:
         for file in files:
             size = paths.size(file)
             digest.update(f"{'' if is_gguf(where) else file.name}:{size}\n".encode())
-            if size <= whole_below:
-                starts = range(0, size, block)
-            else:
+            starts = list(range(0, size, block))
+            if size > whole_below:
                 starts = [number * max(size - block, 0) // 64 for number in range(65)]
             ranges = [(file, start, min(block, size - start)) for start in starts]
             for begin in range(0, len(ranges), THREADS):  # the others wait, or the whole file would be in memory

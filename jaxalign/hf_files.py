@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from jaxalign import gguf_file, paths
 from jaxalign.messages import first_line
 from jaxalign.models.config import ModelConfig, config_from_hf, token_ids
 from jaxalign.paths import PathLike, inside, read_json, write_json
+from jaxalign.safetensors_file import Folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,7 +31,7 @@ TOKENIZER_FILES = (
 )
 
 
-def resolve(path: PathLike) -> Path | epath.Path:
+def resolve(path: PathLike) -> Folder:
     """The folder or .gguf file that `path` names, downloaded first if it is a hub id.
 
     Args:
@@ -48,13 +47,18 @@ def resolve(path: PathLike) -> Path | epath.Path:
     return paths.find_model(path, check=read_config)
 
 
+def _resolve_small(path: PathLike) -> Folder:
+    """As `resolve`, but of a hub model only the small files are downloaded."""
+    return paths.find_model(path, check=read_config, weights=False)
+
+
 def read_config(path: PathLike) -> ModelConfig:
-    """The model's config, from config.json or GGUF metadata; no weights are read.
+    """The model's config, from config.json or GGUF metadata; no weights are read, nor those of a hub model fetched.
 
     Raises:
       ValueError: nothing there, or a model that is not implemented (see `config_from_hf`).
     """
-    where = resolve(path)
+    where = _resolve_small(path)
     if is_gguf(where):
         return gguf_file.read_config(gguf_file.open_file(where))
     file = inside(where, "config.json")
@@ -66,13 +70,13 @@ def read_config(path: PathLike) -> ModelConfig:
         raise ValueError(f"{where}: {error}") from error
 
 
-def is_gguf(where: Path | epath.Path) -> bool:
+def is_gguf(where: Folder) -> bool:
     """Whether what `resolve` found is a GGUF file; else it is a folder."""
     return not paths.is_remote(where) and where.is_file()
 
 
 @contextlib.contextmanager
-def _here(where: Path | epath.Path) -> Iterator[Path | epath.Path]:
+def _here(where: Folder) -> Iterator[Folder]:
     """A model folder with its small files on disk; of one in a bucket they are fetched, as transformers reads none."""
     if not paths.is_remote(where):
         yield where
@@ -94,7 +98,7 @@ def load_tokenizer(path: PathLike, *, chat_template: str | None = None) -> Any:
     Raises:
       ValueError: no tokenizer there, or one that can't be read without running code from the folder.
     """
-    where = resolve(path)
+    where = _resolve_small(path)
     # transformers would advise, when first imported, to install torch, which jaxalign never needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if is_gguf(where):
@@ -108,7 +112,7 @@ def load_tokenizer(path: PathLike, *, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
-def _load_tokenizer(folder: Path | epath.Path, where: Path | epath.Path) -> Any:
+def _load_tokenizer(folder: Folder, where: Folder) -> Any:
     """The tokenizer of the files in `folder`, which are those of `where`."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ValueError(f"{where} holds no tokenizer; expected tokenizer.json and tokenizer_config.json")
@@ -129,7 +133,7 @@ def write_tokenizer(folder: Path, tokenizer_from: Any) -> None:
       ValueError: the model has none.
     """
     if isinstance(tokenizer_from, str | os.PathLike):
-        where = resolve(tokenizer_from)
+        where = _resolve_small(tokenizer_from)
         if not is_gguf(where):
             names = [name for name in TOKENIZER_FILES if (where / name).exists()]
             if not names:
@@ -181,7 +185,7 @@ def stop_ids(cfg: ModelConfig, tokenizer: Any = None, path: PathLike | None = No
 
 
 def _source_generation_config(path: PathLike) -> dict[str, Any]:
-    where = resolve(path)
+    where = _resolve_small(path)
     if is_gguf(where) or not (where / "generation_config.json").exists():
         return {}
     return read_json(inside(where, "generation_config.json"))

@@ -208,10 +208,11 @@ def nearest(path: Path) -> str:
     return f"; did you mean {' or '.join(repr(str(folder / name)) for name in near)}?" if near else ""
 
 
-def find_model(path: PathLike, check: Callable[[Path], object]) -> Path | epath.Path:
+def find_model(path: PathLike, check: Callable[[Path], object], *, weights: bool = True) -> Path | epath.Path:
     """The folder or .gguf file that `path` names (see `hf.resolve`); an epath.Path if it is a folder in a bucket.
 
-    `check` is called with the folder of a hub model's small files, before gigabytes are fetched; it may raise.
+    `check` is called with the folder of a hub model's small files, before gigabytes are fetched; it may raise. Without
+    `weights` these are not fetched.
     """
     text = os.fspath(path)
     if text.startswith("package:"):
@@ -233,7 +234,7 @@ def find_model(path: PathLike, check: Callable[[Path], object]) -> Path | epath.
             raise ValueError(f"model path {text!r} is a file but not a .gguf; give the folder that holds config.json")
         return local
     if _HUB_ID.match(text):
-        return _download(text, check)
+        return _download(text, check) if weights else _snapshot(text, _DOWNLOAD_SMALL)
     raise ValueError(
         f"model path {text!r} does not exist here and is no hub id; expected a folder with config.json and "
         "safetensors (here or gs://...), a .gguf file, package:NAME, or a hub id organisation/name"

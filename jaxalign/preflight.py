@@ -179,7 +179,7 @@ def sampler(run: build.Programs, besides: Any) -> Job:
     def lower() -> Any:
         return sampling.generate.lower(run.cfg, run.state.params, *inputs, max_new_tokens=new)
 
-    return Job("sample", (n_rows, width + new), lower, (run.state.params, inputs), besides)
+    return Job("prefill and decode", (n_rows, width + new), lower, (run.state.params, inputs), besides)
 
 
 def measure(job: Job, platform: str) -> Need:
@@ -299,7 +299,8 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     Bytes are those of the whole array that a device gathers, reduces or hands on. What stands in a loop counts as often
     as the loop runs: XLA says so where it knows (known_trip_count), else it follows from the loop's condition, counter
     below a constant. A loop whose end depends on data (chunks of scored tokens in the head, tokens of an answer) counts
-    as one round.
+    as one round. A collective that goes on beside other work stands in libtpu's text several times (a chain) and counts
+    once.
 
     Args:
       text: the optimised HLO, `compiled.as_text()`.
@@ -314,6 +315,7 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             current[found[1]] = Instruction(*found.groups()[1:])
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
+    chains: dict[tuple[str, ...], tuple[int, int]] = {}  # (kind, channel, chain) -> (how often, bytes)
 
     def visit(name: str, times: int) -> None:
         here = computations[name]
@@ -322,8 +324,13 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             kind = opcode.removesuffix("-done")
             if kind in COLLECTIVES:  # of a pair of -start and -done the latter has the result
                 inputs = 0 if kind != opcode else sum(_bytes(here[x].kind) for x in instruction.operands if x in here)
-                counts[kind] += times
-                sizes[kind] += times * max(_bytes(instruction.kind), inputs)
+                size = max(_bytes(instruction.kind), inputs)
+                if chain := re.search(r'channel_id=(\d+).*chain_id="(\d+)"', instruction.rest):
+                    key = (kind, *chain.groups())
+                    chains[key] = min(times, chains.get(key, (times, size))[0]), size
+                else:
+                    counts[kind] += times
+                    sizes[kind] += times * size
             elif opcode == "while":
                 body = _attribute("body", instruction.rest)
                 visit(body, times * _rounds(computations, here, instruction, body))
@@ -333,6 +340,9 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
                         visit(other, times)
 
     visit(entry, 1)
+    for (kind, *_), (times, size) in chains.items():
+        counts[kind] += times
+        sizes[kind] += times * size
     return {kind: (counts[kind], sizes[kind]) for kind in COLLECTIVES if counts[kind]}
 
 
@@ -344,11 +354,11 @@ def _attribute(name: str, rest: str) -> str:
 
 def _bytes(kind: str) -> int:
     """Bytes of all arrays in an HLO type, such as (bf16[8,128]{1,0}, u32[])."""
-    widths = {"pred": 8, "token": 0}
-    return sum(
-        int(width or widths.get(dtype, 0)) * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, width, dims in _ARRAY.findall(kind)
-    ) // 8
+    bits = 0
+    for dtype, width, dims in _ARRAY.findall(kind):
+        elements = math.prod(int(n) for n in dims.split(",") if n)
+        bits += elements * (8 if dtype == "pred" else int(width or 0))
+    return bits // 8
 
 
 def _rounds(computations: Mapping[str, Computation], here: Computation, loop: Instruction, body: str) -> int:
@@ -380,50 +390,54 @@ def _constant(computation: Computation, name: str) -> int | None:
 
 
 def settings(run: build.Programs, needs: Sequence[Need], memory: int) -> list[dict[str, Any]]:
-    """At most two settings that would make the run fit by a rough estimate; if none would, the one that helps most.
+    """What to change first: at most two settings that would make the run fit, by a rough estimate; if none would, the
+    one that helps most.
 
-    Activations are taken to grow with the tokens of a micro-batch and with what `remat` keeps of them
-    (`kept_bytes`), the rest of the temporaries to be the gradients: one copy in float32, two under accumulation.
+    The train step's temporaries are taken to be gradients (float32, under accumulation twice) and activations, which
+    grow with the tokens of a micro-batch and with what `remat` keeps of them. Scoring and evaluation grow with its
+    tokens alone, sampling stays.
     """
     config, cfg = run.config, run.cfg
     splits, shape = config.gradient_accumulation_steps, run.mesh.shape
-    shards = shape["data"] * shape["fsdp"]
     weights = device_bytes(run.state.params)
-    reference = device_bytes(run.reference) if run.sync is None and not run.cached_reference else 0
+    reference = 0 if run.sync is not None or run.cached_reference else device_bytes(run.reference)
 
-    def estimate(*, splits_: int = splits, remat: str = cfg.remat, reference_: int = reference, split: int = 1) -> int:
-        activations = kept_bytes(cfg, remat, config.max_length) / kept_bytes(cfg, cfg.remat, config.max_length)
-        activations *= splits / splits_
+    def estimate(*, into: int = splits, remat: str = cfg.remat, data: int = 1, freed: int = 0) -> int:
+        """The most over programs; `data`: how many copies of the weights become slices of one."""
+        kept = [kept_bytes(cfg, policy, config.max_length) for policy in (remat, cfg.remat)]
         totals = []
         for need in needs:
-            fixed = min(need.temporaries, weights * (1 + (splits > 1))) if need.name == "train step" else 0
-            moving = 1.0 if need.name == "sample" else activations if need.name == "train step" else splits / splits_
-            gradients = weights * (1 + (splits_ > 1)) if fixed else 0
-            kept = need.total - need.temporaries - (reference - reference_)
-            totals.append((kept + gradients) // split + int((need.temporaries - fixed) * moving))
+            temporaries = float(need.temporaries)
+            if need.name == "train step":
+                gradients = min(temporaries, weights * (1 + (splits > 1)))
+                activations = (temporaries - gradients) * splits / into * kept[0] / kept[1]
+                temporaries = activations + weights * (1 + (into > 1)) / data
+            elif need.name != "prefill and decode":
+                temporaries *= splits / into
+            totals.append(int((need.total - need.temporaries - freed) / data + temporaries))
         return max(totals)
 
-    candidates = []
-    more = [n for n in range(splits + 1, config.batch_size + 1)
-            if config.batch_size % n == 0 and 2 * config.batch_size // n % shards == 0]  # fmt: skip
-    for n in more:
-        candidates.append((f"gradient_accumulation_steps={n}", estimate(splits_=n)))
+    more = [
+        n
+        for n in range(splits + 1, config.batch_size + 1)
+        if config.batch_size % n == 0 and 2 * config.batch_size // n % (shape["data"] * shape["fsdp"]) == 0
+    ]
+    found = [(f"gradient_accumulation_steps={n}", estimate(into=n)) for n in more]
     if cfg.remat != "full":
-        candidates.append(("model.remat=full", estimate(remat="full")))
+        found.append(("model.remat=full", estimate(remat="full")))
     if shape["data"] > 1:
-        candidates.append(("mesh.data=1 mesh.fsdp=-1", estimate(split=shape["data"])))
+        found.append(("mesh.data=1 mesh.fsdp=-1", estimate(data=shape["data"])))
     if reference:
-        candidates.append(("reference.mode=cached", estimate(reference_=0)))
-    if more:
-        best = estimate(splits_=more[-1], remat="full", reference_=0)
-        together = f"gradient_accumulation_steps={more[-1]} model.remat=full reference.mode=cached"
-        candidates.append((together, best))
-    found = [{"setting": text, "estimate": size, "fits": size <= memory} for text, size in candidates]
-    fitting: dict[str, dict[str, Any]] = {}  # the first of each key
-    for one in found:
-        if one["fits"]:
-            fitting.setdefault(one["setting"].partition("=")[0], one)
-    return list(fitting.values())[:2] or sorted(found, key=lambda one: one["estimate"])[:1]
+        found.append(("reference.mode=cached", estimate(freed=reference)))
+        if more:
+            all_of_them = f"gradient_accumulation_steps={more[-1]} model.remat=full reference.mode=cached"
+            found.append((all_of_them, estimate(into=more[-1], remat="full", freed=reference)))
+    firsts: dict[str, tuple[str, int]] = {}  # of each key the first value that fits
+    for setting, size in found:
+        if size <= memory:
+            firsts.setdefault(setting.partition("=")[0], (setting, size))
+    chosen = list(firsts.values())[:2] or sorted(found, key=lambda one: one[1])[:1]
+    return [{"setting": setting, "estimate": size, "fits": size <= memory} for setting, size in chosen]
 
 
 def kept_bytes(cfg: ModelConfig, remat: str, length: int) -> float:
@@ -460,9 +474,9 @@ def show(report: Mapping[str, Any], console: Any) -> None:
         table.add_column(heading, justify="right")
     for need in report["programs"]:
         names = ("arguments", "temporaries", "output", "code", "besides", "total")
-        at_least = "out of memory" if need["exhausted"] else f"{need['seconds']:.0f} s"
+        compiled = "out of memory" if need["exhausted"] else f"{need['seconds']:.0f} s"
         rows, length = need["rows"]
-        table.add_row(need["name"], f"{rows} x {length:,}", *(_size(need[name]) for name in names), at_least)
+        table.add_row(need["name"], f"{rows} x {length:,}", *(_size(need[name]) for name in names), compiled)
     sent = Table(title="sent between devices in one call, bytes of each device")
     sent.add_column("program")
     for kind in COLLECTIVES:
@@ -473,9 +487,10 @@ def show(report: Mapping[str, Any], console: Any) -> None:
         sent.add_row(need["name"], *cells)
     verdict = "fits" if report["fits"] else "does not fit"
     lines = [
-        f"{verdict}: {_size(report['needed'])} of a device's {_size(device['memory'])}",
-        f"a checkpoint {_size(report['checkpoint'])}, the export {_size(report['export'])}; host memory of a process for "
-        f"a checkpoint that is being written: {_size(report['host'])}",
+        f"{verdict}: {_size(report['needed'])} of a device's {_size(device['memory'])} "
+        f"({report['needed'] / device['memory']:.0%})",
+        f"a checkpoint {_size(report['checkpoint'])}, the export {_size(report['export'])}; memory of each process for "
+        f"a checkpoint that is being written {_size(report['host'])}",
     ]
     for one in report["settings"]:
         outcome = "should fit" if one["fits"] else "still too much: it needs more devices, too"
@@ -530,9 +545,8 @@ def tpu_devices(topology: str) -> list[Any]:
     if not match:
         raise ValueError(f"--topology={topology}: expected a generation and its chips, such as v5p:2x2x2 or v5e:4x4")
     check_libtpu()
-    # The compiler asks neither the cloud's metadata server nor for a TPU, which another process may be using.
+    # Otherwise it asks the metadata server of Google's cloud which machine this is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 

@@ -8,7 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +18,8 @@ from jaxalign import paths
 from jaxalign.messages import listed
 from jaxalign.paths import inside, read_json, write_json
 
-Folder = Path | epath.Path
+Folder: TypeAlias = Path | epath.Path
+"""A folder, or a file, here or in a bucket."""
 
 DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype(np.float32),

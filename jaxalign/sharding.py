@@ -126,7 +126,7 @@ def partition(shape: Sequence[int], logical: Sequence[str | None], mesh: Any, na
             raise ValueError(f"weight {name}: dimension {axis!r} has no rule; sharding.RULES knows {list(RULES)}")
         for candidate in RULES[axis]:
             if size % axis_size(candidate, mesh) == 0:
-                spec.append(tuple(candidate) or None)
+                spec.append(tuple(a for a in candidate if axis_size(a, mesh) > 1) or None)
                 break
         else:
             sizes = {a: axis_size(a, mesh) for a in RULES[axis][0]}

@@ -31,7 +31,14 @@ class Objective(Protocol):
     @property
     def rows_per_example(self) -> int: ...
 
+    @property
+    def couples(self) -> bool: ...
+
     def denominators(self, batch: Any) -> dict[str, jax.Array]: ...
+
+    def first_pass(self, params: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]: ...
+
+    def couple(self, batch: Any) -> dict[str, jax.Array]: ...
 
     def __call__(self, params: Any, frozen: Any, batch: Any, aux: Any, key: Any) -> tuple[jax.Array, Metrics]: ...
 
@@ -131,7 +138,12 @@ def make_gradients(
 
         if gradient_accumulation_steps == 1:
             return micro_step(batch)
-        micros = split_batch(batch, gradient_accumulation_steps, objective.rows_per_example)
+        n, size = gradient_accumulation_steps, objective.rows_per_example
+        micros = split_batch(batch, n, size)
+        if objective.couples:  # score all rows first, then tell each micro-batch what it must know of the others
+            found = jax.lax.map(lambda micro: objective.first_pass(params, frozen, micro), micros)
+            found = {name: join_batch(x, size) for name, x in found.items()}
+            micros |= split_batch(objective.couple({**batch, **found}), n, size)
 
         def body(total: Any, micro: Any) -> tuple[Any, None]:
             loss, metrics, gradients = micro_step(micro)

@@ -33,6 +33,10 @@ class Preempted(Exception):
     """The run was told to stop and has saved; started again, it continues."""
 
 
+class OutOfMemory(RuntimeError):
+    """The devices' memory is not enough for this run."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What a run leaves behind.
@@ -71,6 +75,7 @@ def run(config: ConfigDict | Mapping[str, Any], dataset: Any = None, eval_datase
       Preempted: SIGTERM or Ctrl-C came; the state is saved. (During start-up, compilation, evaluation and export, where
         the next step is far, the process saves and ends by itself with status 75.)
       diagnose.NonFinite: a loss or gradient was not finite; see the report that the message names.
+      OutOfMemory: the devices' memory was not enough; the message holds preflight's table and a setting to try.
       RuntimeError: a checkpoint could not be written.
     """
     config = config_lib.validate(
@@ -84,7 +89,7 @@ def run(config: ConfigDict | Mapping[str, Any], dataset: Any = None, eval_datase
         mesh = sharding.make_mesh(**config.mesh.to_dict())
         with sharding.use_mesh(mesh), run_folder.open_checkpoints(config, folder) as checkpoints:
             pieces = build.Run(config, mesh, data)
-            with Training(config, folder, pieces, stopper, checkpoints) as training:
+            with explaining(pieces), Training(config, folder, pieces, stopper, checkpoints) as training:
                 with hosts.Watchdog(config.watchdog_minutes) as watchdog:
                     pieces.on_progress = watchdog.beat
                     training.begin()
@@ -454,6 +459,19 @@ class Training:
         return [(prompt, first.get(prompt, ""), after) for prompt, after in last.items()]
 
 
+@contextlib.contextmanager
+def explaining(pieces: build.Run) -> Iterator[None]:
+    """Makes of RESOURCE_EXHAUSTED what it takes to understand it."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        from jaxalign import preflight
+
+        raise OutOfMemory(preflight.explain(pieces, error)) from error
+
+
 def describe(config: ConfigDict, run: build.Run) -> str:
     """One line: what a step holds."""
     a, mesh = config.gradient_accumulation_steps, run.mesh
@@ -550,7 +568,7 @@ def main() -> None:
         print(f"{stopped}; the same command continues", file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
     except BaseException as error:
-        if isinstance(error, ValueError | diagnose.NonFinite):
+        if isinstance(error, ValueError | diagnose.NonFinite | OutOfMemory):
             text = f"jaxalign: {error}"
         else:
             text = "".join(traceback.format_exception(error))

@@ -35,6 +35,7 @@ fail() {
     exit 2
 }
 
+[[ ${BASH_VERSINFO[0]} -ge 5 ]] || fail "bash $BASH_VERSION is too old: 5 or newer (macOS: brew install bash)"
 [[ $# -ge 2 ]] || fail "expected COMMAND NAME --zone=ZONE; see the top of ${BASH_SOURCE[0]}"
 command=$1 name=$2
 shift 2

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import runs
 
-from jaxalign import checkpoint, config, diagnose, metrics, paths, train
+from jaxalign import checkpoint, config, diagnose, hf, metrics, paths, train
 from jaxalign.checkpoint import Checkpoints
 from jaxalign.data.rows import read_rows
 from jaxalign.metrics import MetricsWriter
@@ -49,11 +49,13 @@ def root(bucket):
 # Paths
 
 
-def test_a_file_in_a_bucket_is_written_whole_and_read_in_parts(bucket, root):
-    file = root / "a" / "b.txt"
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_file_is_written_whole_and_read_in_parts(place, bucket, root, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = (root if place == "bucket" else paths.at("~")) / "a" / "b.txt"
     assert not file.exists() and not file.parent.is_dir()
-    paths.make_folder(file.parent)  # nothing to do
-    assert not bucket.history
+    paths.make_folder(file.parent)
+    assert not bucket.history  # there is nothing to make
     paths.replace(file, b"hello world")
     assert (file.read_text(), paths.size(file), file.parent.is_dir()) == ("hello world", 11, True)
     assert [paths.read_range(file, *span) for span in ((0, 5), (6, 5), (3, 0))] == [b"hello", b"world", b""]
@@ -64,6 +66,7 @@ def test_a_file_in_a_bucket_is_written_whole_and_read_in_parts(bucket, root):
     assert file.read_bytes() == b"other" and paths.content_hash(file) != before
     with pytest.raises(FileNotFoundError):
         paths.size(file.parent / "c")
+    assert [path.name for path in file.parent.iterdir()] == ["b.txt"]
 
 
 def test_only_the_bytes_asked_for_are_fetched(root, monkeypatch):
@@ -128,6 +131,15 @@ print(sorted({{"fsspec", "gcsfs", "tensorflow", "google.cloud.storage", "orbax"}
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ast.literal_eval(done.stdout) == []
+
+
+def test_tensorflow_is_not_loaded_for_a_bucket_where_it_is_installed(root, tmp_path):
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise ImportError('loaded')")
+    program = f"from jaxalign import paths; print(paths.at('{root}/x').exists())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_tensorboard_needs_a_disk():
@@ -203,6 +215,16 @@ def abstract():
     return jax.eval_shape(lambda: state(0.0))
 
 
+def telling(moments):
+    """All moments around a step's commit, and every tenth of the others."""
+
+    def marks(n):
+        found = moments[n % len(moments)].items()
+        return {name: one.generation for name, one in found if re.fullmatch(rf"c/[^/]+/{checkpoint.COMMITTED}", name)}
+
+    return [one for n, one in enumerate(moments) if n % 10 == 0 or not marks(n - 1) == marks(n) == marks(n + 1)]
+
+
 def files_of(objects, step):
     return {name.partition(f"/{step}/")[2]: found.content for name, found in objects.items() if f"/{step}/" in name}
 
@@ -251,23 +273,22 @@ def test_killed_at_any_moment_each_step_is_whole_or_not_there(bucket, root, chan
     whole = {}
     for objects, step in itertools.product((before, after), (1, 2, 3)):
         whole.setdefault(step, []).append(files_of(objects, step))
-    marks = [
-        {name: found.generation for name, found in objects.items() if name.endswith(checkpoint.COMMITTED)}
-        for objects in moments
-    ]
-    seen = set()
-    for n, objects in enumerate(moments):
-        if n % 5 and marks[n] == marks[n - 1] and marks[n] == marks[(n + 1) % len(marks)]:
-            continue  # all moments around a commit, and every fifth of the others
+    seen, moments, killed_again = set(), telling(moments), False
+    for objects in moments:
         bucket.objects = objects
+        bucket.history.clear()
         with Checkpoints(root / "c", keep=2) as checkpoints:
             steps = checkpoints.steps()
+        if not killed_again and len(files_of(bucket.objects, 2)) > len(files_of(objects, 2)):
+            killed_again = True
+            moments += telling(bucket.history)  # which grows the list that is being gone through
         for step in steps:
             found = files_of(bucket.objects, step)
             assert found and found in whole[step], f"step {step} is committed and lacks files"
         assert 2 in steps or (change == "aside" and 1 in steps)  # the newest from before, or what was asked for
         assert not [name for name in bucket.objects if checkpoint.REPLACED in name or "tmp" in name]
         seen.add(tuple(steps))
+    assert killed_again == (change == "anew")
     assert seen == {"new": {(1, 2), (1, 2, 3), (2, 3)}, "anew": {(1, 2)}, "aside": {(1, 2), (1,)}}[change]
 
 
@@ -326,7 +347,7 @@ def values(settings):
     return [f"--config.{name}={value}" for name, value in settings.items()]
 
 
-def test_tiny_trains_is_killed_resumes_elsewhere_and_exports_as_on_one_disk(bucket, root, tmp_path, monkeypatch):
+def test_tiny_trains_is_killed_resumes_elsewhere_and_exports_as_on_one_disk(bucket, root, tmp_path):
     sample = Path(train.__file__).parent / "data" / "samples" / "tiny_pairs.jsonl"
     paths.upload(sample, root / "pairs.jsonl")
     shared = {"compilation_cache": runs.COMPILED, "reference.mode": "cached"}
@@ -362,12 +383,14 @@ train.Training.step = step
     runs.assert_same(root / "run", tmp_path / "run")
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         assert (root / "run" / "export" / name).read_bytes() == (tmp_path / "run" / "export" / name).read_bytes()
+    (_, ours), (_, theirs) = (hf.load(folder / "run" / "export", dtype="float32") for folder in (root, tmp_path))
+    assert checkpoint.checksums(ours) == checkpoint.checksums(theirs)
     kept = {name.split("/")[1] for name in bucket.objects if name.startswith("run/")}
     assert kept == {path.name for path in (tmp_path / "run").iterdir()}
     assert [name for name in bucket.objects if name.startswith("cache/reference-")]
 
 
-def test_a_run_in_a_bucket_writes_its_trace_its_dropped_rows_and_its_report(bucket, root, tmp_path, monkeypatch):
+def test_a_run_in_a_bucket_writes_its_trace_its_dropped_rows_and_its_report(bucket, root):
     rows = [*runs.rows(24), {"prompt": "no answers"}]
     paths.replace(root / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     settings = {"steps": 3, "epochs": None, "export__enabled": False}
@@ -382,13 +405,13 @@ def test_a_run_in_a_bucket_writes_its_trace_its_dropped_rows_and_its_report(buck
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_run_in_a_bucket(root, tmp_path, monkeypatch):
-    from test_multiprocess import two_processes
+def test_two_processes_share_a_run_in_a_bucket(root, tmp_path):
+    from test_multiprocess import processes
 
     settings = {"epochs": None, "steps": 4, "eval__batch_size": 4, "reference__mode": "cached"}
     file = tmp_path / "config.json"
     changed = runs.config(root / "two", **settings, data__cache_dir=f"{root}/cache")
     file.write_text(config.to_json(config.validate(changed)))
-    (first, _, errors), (second, _, errors_2) = two_processes(file)
+    (first, _, errors), (second, _, errors_2) = processes(file)
     assert (first, second) == (0, 0), errors + errors_2
     runs.assert_close(root / "two", runs.run(tmp_path / "one", **settings).folder)

@@ -80,7 +80,7 @@ def test_no_key_is_a_place_for_a_secret():
 
 def test_every_option_of_every_loss_and_optimizer_has_a_key():
     from jaxalign import optim
-    from jaxalign.losses.preference import LOSSES
+    from jaxalign.losses import LOSSES
 
     for loss in LOSSES.values():
         for option, default in loss.options.items():

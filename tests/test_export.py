@@ -1,6 +1,8 @@
 """A run's checkpoints as Hugging Face folders: every tensor and logit is the trained model's."""
 
+import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import runs
+from processes import two_processes
 from safetensors.numpy import load_file
 
-from jaxalign import export, hf, metrics, models
+from jaxalign import checkpoint, export, hf, metrics, models
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,39 @@ def test_the_steps_differ_and_the_run_exported_its_best(run):
     assert all(np.array_equal(exported[name], x) for name, x in weights["best"].items())
 
 
+def test_an_export_holds_one_weight_at_a_time(run, tmp_path, monkeypatch):
+    whole = export.export(run, tmp_path / "whole", step=6)
+    reads = []
+    read = checkpoint._read
+    monkeypatch.setattr(checkpoint, "_read", lambda *args: reads.append(sorted(args[2])) or read(*args))
+    monkeypatch.setattr(checkpoint, "params_reader", functools.partial(checkpoint.params_reader, together=1))
+    target = export.export(run, tmp_path / "out", step=6)
+    leaves = jax.tree.leaves_with_path(models.declare(hf.read_config(target)), is_leaf=lambda x: hasattr(x, "axes"))
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    assert reads == [[f"params/{path}"] for path in paths]
+    assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_the_last_checkpoint_that_is_whole_is_exported(run, tmp_path, caplog):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+
+    def spoil(step):
+        for file in (copy / "checkpoints" / step / "state").rglob("d/*"):
+            file.write_bytes(file.read_bytes()[:-100])
+
+    spoil("8")
+    target = export.export(copy, tmp_path / "out")
+    assert "checkpoint 8 in" in caplog.text and "INVALID" in caplog.text
+    want, found = by_name(*export.load_run(run, 6)[:2]), load_file(target / "model.safetensors")
+    assert all(np.array_equal(found[name], tensor) for name, tensor in want.items())
+    spoil("6"), spoil("3")
+    with pytest.raises(checkpoint.InvalidCheckpoint, match="no checkpoint in .* is valid .8: .*; 6: .*; 3: "):
+        export.export(copy, tmp_path / "none")
+    with pytest.raises(ValueError, match="no checkpoint 5"):
+        export.export(copy, tmp_path / "none", step=5)
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_command_writes_another_dtype_on_one_device(run, tmp_path):
     done = command(run, tmp_path / "out", "--step=6", "--dtype=bfloat16")
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "out"), done.stderr
@@ -82,6 +118,20 @@ def test_the_command_writes_another_dtype_on_one_device(run, tmp_path):
     for name, tensor in by_name(cfg, params).items():
         assert np.array_equal(found[name], tensor.astype(ml_dtypes.bfloat16)), name
     assert hf.read_config(tmp_path / "out").dtype == "bfloat16"
+
+
+def test_two_processes_export_the_step_that_is_wanted_from_their_mesh(run, tmp_path):
+    program = """
+mesh = sharding.make_mesh(fsdp=4, tensor=2)
+with sharding.use_mesh(mesh):
+    for step in ("last", "best"):
+        export.export(sys.argv[1], f"{sys.argv[2]}/{step}", step=step, dtype="bfloat16", mesh=mesh)
+"""
+    two_processes(program, tmp_path, run, tmp_path / "two")
+    for step in ("last", "best"):
+        one = export.export(run, tmp_path / "one" / step, step=step, dtype="bfloat16")
+        files = {file.name: file.read_bytes() for file in one.iterdir()}
+        assert {file.name: file.read_bytes() for file in (tmp_path / "two" / step).iterdir()} == files
 
 
 def test_what_is_not_there_is_an_error_with_what_is(run, tmp_path):

@@ -671,6 +671,18 @@ def test_quantised_gguf_is_near_and_exports_bit_for_bit(tmp_path):
     assert hf.load_tokenizer(tmp_path / "out").encode("Hi 12") == hf.load_tokenizer(tmp_path / "m.gguf").encode("Hi 12")
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("model", ["llama", "qwen2"])
+def test_rows_of_a_gguf_tensor_are_those_of_the_whole(model, quantised, tmp_path):
+    write_gguf(tmp_path / "m.gguf", model, quantised=quantised)
+    source = hf._open_source(tmp_path / "m.gguf", hf.read_config(tmp_path / "m.gguf"))
+    for name, (n, *_) in source.shapes.items():
+        whole = source.read(name)
+        assert len(whole) == n
+        for start, stop in ((0, 1), (1, n), (n // 3, n // 2), (n - 1, n), (n // 2, None)):
+            np.testing.assert_array_equal(source.read(name, start, stop), whole[start:stop], err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("metadata", "field", "value"),
     [

@@ -1,5 +1,6 @@
 """The launchers' exact command lines, and what they do: with a gcloud, sbatch and so on that only write down."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,10 +13,16 @@ import time
 from pathlib import Path
 
 import pytest
+import runs
+
+from jaxalign import hosts
+from jaxalign.config_keys import BY_NAME
+from jaxalign.signals import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
 GOLDEN = Path(__file__).parent / "golden" / "launch"
+PAGE = ROOT / "docs" / "pods.md"
 TOKEN = "hf_thisIsNoRealTokenButLooksLikeOne"
 TRAIN = ("train", "--config=configs/dpo_llama3.py", "--config.workdir=gs://bucket/my run", "--config.loss.beta=0.2")
 TPU = ("--zone=us-east5-a", "--project=mine", "--type=v5p-16", "--spot")
@@ -251,11 +258,15 @@ def host(fakes):
         return done.stdout + done.stderr
 
     call.folder = folder
-    return call
+    yield call
+    for file in folder.glob("pid"), folder.glob("child"):  # of a test that failed
+        for pid in file:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid.read_text()), 9)
 
 
-def until(condition) -> None:
-    deadline = time.monotonic() + 20
+def until(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come"
         time.sleep(0.02)
@@ -356,6 +367,55 @@ def test_a_slurm_job_goes_back_to_the_queue_after_75_and_after_nothing_else(fake
     assert "'SRUN_CPUS_PER_TASK': '8'" in seen and f"'PYTHONPATH': '{folder}/code" in seen
 
 
+# What srun does, on this machine: two tasks with SLURM's variables, signals to both, the highest status of both.
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+from pathlib import Path
+words = sys.argv[1:]
+while words[0].startswith("--"):
+    words.pop(0)
+job = {{"SLURM_JOB_ID": "{job}", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}}
+tasks = [subprocess.Popen(words, env={{**os.environ, **job, "SLURM_PROCID": n, "SLURM_LOCALID": n}}) for n in "01"]
+signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+Path("{here}/srun.pid").write_text(str(os.getpid()))
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+@pytest.mark.slow
+def test_a_slurm_job_of_two_real_processes_is_preempted_requeues_itself_and_goes_on(fakes):
+    settings = {"epochs": None, "steps": 80, "checkpoint__every": 0, "eval__every": 0, "optim__learning_rate": 1e-4}
+    file = runs.save(fakes.folder / "two", **settings)
+    fakes.program("srun", SRUN.format(python=sys.executable, here=str(fakes.folder), job=os.getpid()))
+    fakes.program("sleep", "#!/bin/sh\n")
+    folder = fakes.folder / "run"
+    folder.mkdir()
+    (folder / "code").symlink_to(ROOT)
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "PATH": f"{fakes.bin}:{os.environ['PATH']}", "XLA_FLAGS": flags, "SLURM_JOB_ID": "123"}
+    words = ["bash", str(SCRIPTS / "slurm_job.sh"), sys.executable, "train", f"--config={file}"]
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(words, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True)
+
+    lines = fakes.folder / "two" / "metrics.jsonl"
+    job = start()
+    until(lambda: lines.exists() and lines.read_text().count("\n") > 4, seconds=120)
+    os.kill(int((fakes.folder / "srun.pid").read_text()), 15)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 75 and (folder / "status").read_text() == "75\n", errors
+    assert fakes.calls == [["scontrol", "requeue", "123"]]
+    stopped = runs.lines(fakes.folder / "two")[-1]["step"]
+    assert 4 <= stopped < 80
+
+    job = start()  # the same job, from the queue
+    _, errors = job.communicate(timeout=300)
+    assert job.returncode == 0 and f"continuing after step {stopped} of 80" in errors
+    assert fakes.calls == [["scontrol", "requeue", "123"]]
+    whole = runs.run(fakes.folder / "one", **settings).folder
+    runs.assert_close(fakes.folder / "two", whole)
+
+
 def test_packing_takes_what_is_on_the_disk_and_what_lies_elsewhere(tmp_path):
     (tmp_path / "mine.py").write_text("x = 1")
     (tmp_path / "rows").mkdir()
@@ -369,6 +429,49 @@ def test_packing_takes_what_is_on_the_disk_and_what_lies_elsewhere(tmp_path):
     assert (out / "mine.py").read_text() == "x = 1" and (out / "rows" / "a.jsonl").is_file()
     assert (out / "jaxalign" / "configs" / "tiny.py").is_file()  # by its link
     assert (out / "scripts" / "launch_slurm.sh").stat().st_mode & 0o100
+
+
+# The page
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.S)
+
+
+def test_the_commands_of_the_page_work_as_they_stand(fakes):
+    tpu, slurm = (block for block in blocks() if "scripts/launch_" in block)
+    fakes.answer(("describe", "ACTIVE", 0), (".sh status", "0", 0), ("sbatch", "7", 0))
+    fakes.program("jaxalign", "#!/bin/sh\n")
+    folder = fakes.folder / "runs" / "my-run"
+    fakes.program("sleep", f"#!/usr/bin/env bash\necho 0 >{folder}/status\n")
+    for block in (tpu, slurm):
+        fakes.program("block", f"#!/usr/bin/env bash\nset -euo pipefail\n{block}")
+        done = fakes.run(str(fakes.bin / "block"))
+        assert done.returncode == 0, done.stderr
+    assert {call[0] for call in fakes.calls} == {"gcloud", "sbatch", "squeue"}
+
+
+def test_the_page_names_only_keys_that_there_are_and_the_statuses_that_runs_end_with():
+    text = PAGE.read_text()
+    keys = set(re.findall(r"--config\.([a-z_.]+)=", text))
+    assert {"workdir", "mesh.fsdp"} <= keys <= BY_NAME.keys()
+    named = set(re.findall(r"`([a-z_]+\.[a-z_]+)(?:=[^`]*)?`", text)) - {"jax.distributed"}
+    assert named <= BY_NAME.keys(), named - BY_NAME.keys()
+    assert f"| {EXIT_PREEMPTED} | told to stop" in text and f"| {hosts.EXIT_STUCK} | no step was finished" in text
+    assert f"`watchdog_minutes` ({BY_NAME['watchdog_minutes'].default:g})" in text
+
+
+def test_every_flag_of_the_launchers_stands_on_a_vendors_page():
+    text = PAGE.read_text()
+    lines = [line for file in GOLDEN.glob("*.txt") for line in file.read_text().splitlines()]
+    lines += (SCRIPTS / "launch_slurm.sh").read_text().splitlines()
+    seen = set()
+    for line in lines:
+        if match := re.search(r"\b(gcloud|sbatch|srun|scancel|squeue) .*", line):
+            called = re.split(r" SCRIPTS/| RUNS/| /venv/| '--command", match[0])[0]
+            seen |= set(re.findall(r"(?<=[ '\"])--[a-z-]+", called))
+    seen -= {"--partition", "--time"}  # the user's
+    assert len(seen) > 25 and not [flag for flag in seen if flag not in text]
 
 
 def mode(file: Path) -> int:

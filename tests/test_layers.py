@@ -17,7 +17,7 @@ LEVELS = {
     "hf": 5, "reference": 5,
     "generate": 6, "evals": 6,
     "build": 7, "diagnose": 7,
-    "export": 8, "preview": 8,
+    "export": 8, "preview": 8, "preflight": 8,
     "train": 9,
     "evaluate": 10, "doctor": 10, "cli": 10,
 }  # fmt: skip
@@ -32,7 +32,7 @@ HOMES = {
     "huggingface_hub": {"paths", "doctor"},
     "datasets": {"data"},
     "grain": {"data"},
-    "absl": {"config", "train", "generate", "export", "preview", "evaluate", "doctor"},
+    "absl": {"config", "train", "generate", "export", "preview", "preflight", "evaluate", "doctor"},
     "matplotlib": {"metrics"},
     "tensorboardX": {"metrics"},
     "torch": set(),

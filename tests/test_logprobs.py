@@ -238,6 +238,28 @@ def test_no_collective_in_a_loop_has_the_size_of_the_head(tied, layout):
     assert max(size for shape in anywhere for size in shapes(shape).values()) <= R * T * D < V * D // 4
 
 
+def test_a_vocabulary_that_divides_by_one_axis_alone_gives_the_same():
+    cfg = models.config_from_hf(
+        dict(model_type="llama", vocab_size=132, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+             num_attention_heads=2, max_position_embeddings=64)
+    )  # fmt: skip
+    params = models.init(cfg, jax.random.key(0))
+    tokens = np.arange(16 * 32, dtype=np.int32).reshape(16, 32) % 132
+    batch = {"tokens": tokens, "positions": 0 * tokens, "mask": np.ones_like(tokens, bool)}
+
+    def loss(params, batch):
+        return logprobs.score(cfg, params, batch)["logps"].sum()
+
+    want = jax.jit(jax.value_and_grad(loss))(params, batch)
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    with sharding.use_mesh(mesh):
+        placed = jax.device_put(params, sharding.param_shardings(mesh, models.declare(cfg)))
+        got = jax.jit(jax.value_and_grad(loss))(placed, sharding.place_batch(mesh, batch, 16))
+    assert {"fsdp"} == set(placed["lm_head"]["embedding"].sharding.spec[:1])
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_the_heads_gradient_is_summed_in_float32_in_bfloat16_runs():
     cfg, params = model("qwen2")
     cfg = dataclasses.replace(cfg, compute_dtype="bfloat16")

@@ -66,17 +66,19 @@ def no_picture(monkeypatch):
     monkeypatch.setattr(metrics, "plot", lambda folder: folder / "curves.png")
 
 
-def test_two_processes_equal_one_and_feed_only_their_own_rows(tmp_path, no_picture):
-    settings = {"epochs": None, "steps": 3, "eval__batch_size": 4, "reference__mode": "cached", "checkpoint__every": 0}
-    file = runs.save(tmp_path / "two", **settings, data__cache_dir=str(tmp_path / "cache"))
-    (first, said, errors), (second, said_2, errors_2) = processes(file)
-    assert (first, second) == (0, 0), errors + errors_2
-    assert "8 cpu (data 8), 2 host(s)" in errors and "step 3/3" in errors
-    assert "step" not in errors_2  # the first process speaks for all
-    rows = [json.loads(text.split("ROWS", 1)[1].replace("(", "[").replace(")", "]")) for text in (said, said_2)]
-    for mine, other in zip(*rows, strict=True):
-        assert mine[0] == other[0] and len(mine[1]) == mine[0] // 2
-        assert sorted(mine[1] + other[1]) == list(range(mine[0]))
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_equal_one_and_feed_only_their_own_rows(tmp_path, no_picture, n):
+    settings = {"epochs": None, "steps": 3, "eval__batch_size": 4, "reference__mode": "cached", "checkpoint__every": 2}
+    found = processes(runs.save(tmp_path / "two", **settings, data__cache_dir=str(tmp_path / "cache")), n)
+    errors = "".join(text for _, _, text in found)
+    assert [code for code, _, _ in found] == [0] * n, errors
+    assert f"8 cpu (data 8), {n} host(s)" in found[0][2] and "step 3/3" in found[0][2]
+    assert "step" not in "".join(text for _, _, text in found[1:])  # the first process speaks for all
+    rows = [json.loads(said.split("ROWS", 1)[1].replace("(", "[").replace(")", "]")) for _, said, _ in found]
+    for parts in zip(*rows, strict=True):
+        (total,) = {of for of, _ in parts}
+        assert {len(own) for _, own in parts} == {total // n}
+        assert sorted(row for _, own in parts for row in own) == list(range(total))
     assert len(rows[0]) > 3 + 2 * 3  # training, two evaluations of nine pairs in batches of four, scoring
 
     one = runs.run(tmp_path / "one", **settings).folder
@@ -107,6 +109,21 @@ def test_two_processes_equal_one_on_other_meshes(tmp_path, no_picture, changes):
     (first, said, errors), (second, _, errors_2) = processes(runs.save(tmp_path / "two", **settings))
     assert (first, second) == (0, 0), errors + errors_2
     runs.assert_close(tmp_path / "two", runs.run(tmp_path / "one", **settings).folder)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, no_picture):
+    settings = {"epochs": None, "eval__batch_size": 4, "checkpoint__every": 1, "optim__schedule": "constant"}
+    for n, steps in ((4, 2), (2, 4)):
+        found = processes(runs.save(tmp_path / "run", steps=steps, **settings), n)
+        assert [code for code, _, _ in found] == [0] * n, "".join(text for _, _, text in found)
+    runs.run(tmp_path / "run", steps=6, **settings)
+    whole = runs.run(tmp_path / "one", steps=6, **settings).folder
+    steps = [[line["step"] for line in runs.lines(folder) if "loss" in line] for folder in (tmp_path / "run", whole)]
+    assert steps == [list(range(1, 7))] * 2
+    for name in ("loss", "grad_norm", "rewards/margins"):
+        ours, others = ([line[name] for line in runs.lines(folder) if "loss" in line] for folder in (tmp_path / "run", whole))
+        np.testing.assert_allclose(ours, others, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow

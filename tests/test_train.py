@@ -283,3 +283,15 @@ def test_what_the_untrained_policy_says_is_computed_once(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):  # the first step, not the evaluation before it, scores
         runs.run(tmp_path / "third", **settings)
     assert [row["step"] for row in metrics.read_completions(tmp_path / "third")] == [0, 0]
+
+
+def test_out_of_memory_is_explained_with_preflights_table_and_a_setting(tmp_path, monkeypatch):
+    def step(self, n, batch):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")
+
+    monkeypatch.setattr(train.Training, "step", step)
+    with pytest.raises(train.OutOfMemory) as caught:
+        runs.run(tmp_path / "run", gradient_accumulation_steps=2)
+    text = str(caught.value)
+    for name in ("17.18 GB were asked for", "score", "train step", "arguments", "temporaries", "try --config."):
+        assert name in text, text

@@ -335,9 +335,7 @@ def _load(file: Path, *, mapped: bool) -> np.ndarray:
     return np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
 
 
-def _make(
-    folder: Path, kept_in: epath.Path, rows: Rows, task: _Task, tokenizer: Any, workers: int | None
-) -> Prepared:
+def _make(folder: Path, kept_in: epath.Path, rows: Rows, task: _Task, tokenizer: Any, workers: int | None) -> Prepared:
     started = time.monotonic()
     _sweep(folder.parent)
     work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))  # mkdtemp: for this user alone

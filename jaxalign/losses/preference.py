@@ -1,22 +1,17 @@
-"""Losses of preference pairs against a reference model.
+"""Losses of preference pairs against a reference model that look at the margin between the two responses.
 
 Each function is called alike: four arrays of sequence log-probs by position, then keywords. It returns one loss a pair
-and what is logged of each pair; means, weights and filler pairs are the caller's business.
-
-Letters of the formulas: `P` pairs; `c` = policy - reference log-prob of the chosen response, `r` = the same of the
-rejected one, `d = c - r`; `n_c` and `n_r` = their lengths in scored tokens; `s` = the logistic function.
+and what is logged of each pair; means, weights and filler pairs are the caller's business. The letters of the formulas
+are those of ratios.py. `f_divergence_type` other than reverse_kl puts `ratios.f_divergence` of c and of r in their
+place; rewards stay those of c and r.
 """
-
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-PairLosses = tuple[Array, dict[str, Array]]
-"""(losses [P], {name: values [P]}), float32: nats or their squares, and TRL's names of what is logged of a pair."""
+from jaxalign.losses import ratios
+from jaxalign.losses.ratios import PairLosses
 
 
 def dpo(
@@ -27,6 +22,8 @@ def dpo(
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
 ) -> PairLosses:
     """DPO's sigmoid loss; with label smoothing, conservative DPO: a label is wrong with that probability.
 
@@ -39,22 +36,22 @@ def dpo(
       ref_rejected: [P] the same of the rejected responses under the reference.
       beta: strength of the pull towards the reference, above 0.
       label_smoothing: probability that a label is swapped, in [0, 0.5).
+      f_divergence_type, f_alpha_divergence_coef: see `ratios.f_divergence`.
 
     Returns:
       losses [P], and the implicit rewards `rewards/chosen` = beta c and `rewards/rejected` = beta r, [P] each.
 
     Raises:
-      ValueError: beta or label_smoothing is a number out of its range.
+      ValueError: beta, label_smoothing or f_divergence_type is out of its range.
 
     References:
       Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7.
       Mitchell 2023, https://ericmitchell.ai/cdpo.pdf, eq. 3.
     """
-    _check(beta, label_smoothing)
-    c, r = _log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    scaled = beta * (c - r)
-    losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(scaled) - label_smoothing * jax.nn.log_sigmoid(-scaled)
-    return losses, _rewards(c, r, beta)
+    ratios.check(beta, label_smoothing)
+    c, r = ratios.log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    c_score, r_score = _scores(c, r, f_divergence_type, f_alpha_divergence_coef)
+    return ratios.smoothed(beta * (c_score - r_score), label_smoothing), ratios.rewards(c, r, beta)
 
 
 def hinge(
@@ -64,6 +61,8 @@ def hinge(
     ref_rejected: Array,
     *,
     beta: float = 0.1,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
 ) -> PairLosses:
     """SLiC's hinge on DPO's margin: no gradient once a pair is apart by 1 / beta nats.
 
@@ -72,20 +71,22 @@ def hinge(
     Args:
       policy_chosen, policy_rejected, ref_chosen, ref_rejected: [P] sums of token log-probs in nats, as in `dpo`.
       beta: reciprocal of the wanted margin in nats, above 0.
+      f_divergence_type, f_alpha_divergence_coef: see `ratios.f_divergence`.
 
     Returns:
       losses [P], and `rewards/chosen`, `rewards/rejected` [P] as in `dpo`.
 
     Raises:
-      ValueError: beta is a number out of its range.
+      ValueError: beta or f_divergence_type is out of its range.
 
     References:
       Zhao et al. 2023 (SLiC-HF), https://arxiv.org/abs/2305.10425.
       Liu et al. 2023 (RSO, its normalised hinge), https://arxiv.org/abs/2309.06657, section 3.
     """
-    _check(beta)
-    c, r = _log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    return jax.nn.relu(1 - beta * (c - r)), _rewards(c, r, beta)
+    ratios.check(beta)
+    c, r = ratios.log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    c_score, r_score = _scores(c, r, f_divergence_type, f_alpha_divergence_coef)
+    return jax.nn.relu(1 - beta * (c_score - r_score)), ratios.rewards(c, r, beta)
 
 
 def ipo(
@@ -98,6 +99,8 @@ def ipo(
     rejected_tokens: Array,
     beta: float = 0.1,
     length_normalize: bool = True,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
 ) -> PairLosses:
     """IPO: the squared distance of the log-ratio gap from a fixed target, so that it can't grow without bound.
 
@@ -111,20 +114,23 @@ def ipo(
         divides by 1.
       beta: the paper's tau, above 0: the target gap is 1 / (2 beta) nats (a token, when averaged).
       length_normalize: compare averages over tokens rather than sums.
+      f_divergence_type, f_alpha_divergence_coef: see `ratios.f_divergence`.
 
     Returns:
       losses [P] in nats squared, and `rewards/chosen`, `rewards/rejected` [P] from the sums, as in `dpo`.
 
     Raises:
-      ValueError: beta is a number out of its range.
+      ValueError: beta or f_divergence_type is out of its range.
 
     References:
       Azar et al. 2023, https://arxiv.org/abs/2310.12036, eq. 17.
     """
-    _check(beta)
-    c, r = _log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    gap = _average(c, chosen_tokens) - _average(r, rejected_tokens) if length_normalize else c - r
-    return jnp.square(gap - 1 / (2 * beta)), _rewards(c, r, beta)
+    ratios.check(beta)
+    c, r = ratios.log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    c_score, r_score = _scores(c, r, f_divergence_type, f_alpha_divergence_coef)
+    if length_normalize:
+        c_score, r_score = ratios.average(c_score, chosen_tokens), ratios.average(r_score, rejected_tokens)
+    return ratios.square(c_score - r_score - 1 / (2 * beta)), ratios.rewards(c, r, beta)
 
 
 def robust(
@@ -135,6 +141,8 @@ def robust(
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
 ) -> PairLosses:
     """Robust DPO: an unbiased estimate of the clean DPO loss when labels are swapped with a known probability.
 
@@ -146,21 +154,23 @@ def robust(
       policy_chosen, policy_rejected, ref_chosen, ref_rejected: [P] sums of token log-probs in nats, as in `dpo`.
       beta: strength of the pull towards the reference, above 0.
       label_smoothing: the paper's epsilon, probability that a label is swapped, in [0, 0.5).
+      f_divergence_type, f_alpha_divergence_coef: see `ratios.f_divergence`.
 
     Returns:
       losses [P], and `rewards/chosen`, `rewards/rejected` [P] as in `dpo`.
 
     Raises:
-      ValueError: beta or label_smoothing is a number out of its range.
+      ValueError: beta, label_smoothing or f_divergence_type is out of its range.
 
     References:
       Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409, section 3.
     """
-    _check(beta, label_smoothing)
-    c, r = _log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    scaled = beta * (c - r)
+    ratios.check(beta, label_smoothing)
+    c, r = ratios.log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    c_score, r_score = _scores(c, r, f_divergence_type, f_alpha_divergence_coef)
+    scaled = beta * (c_score - r_score)
     losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(scaled) + label_smoothing * jax.nn.log_sigmoid(-scaled)
-    return losses / (1 - 2 * label_smoothing), _rewards(c, r, beta)
+    return losses / (1 - 2 * label_smoothing), ratios.rewards(c, r, beta)
 
 
 def sigmoid_norm(
@@ -172,6 +182,8 @@ def sigmoid_norm(
     chosen_tokens: Array,
     rejected_tokens: Array,
     beta: float = 0.1,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
 ) -> PairLosses:
     """Length-normalised DPO: the sigmoid loss on per-token averages, so that a long response weighs no more.
 
@@ -183,80 +195,108 @@ def sigmoid_norm(
       policy_chosen, policy_rejected, ref_chosen, ref_rejected: [P] sums of token log-probs in nats, as in `dpo`.
       chosen_tokens, rejected_tokens: [P] scored tokens of each response, as in `ipo`.
       beta: strength of the pull towards the reference, above 0.
+      f_divergence_type, f_alpha_divergence_coef: see `ratios.f_divergence`.
 
     Returns:
       losses [P], and `rewards/chosen`, `rewards/rejected` [P] from the sums, as in `dpo`.
 
     Raises:
-      ValueError: beta is a number out of its range.
+      ValueError: beta or f_divergence_type is out of its range.
 
     References:
       Lambert et al. 2024 (Tulu 3), https://arxiv.org/abs/2411.15124, section 5.
     """
-    _check(beta)
-    c, r = _log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    losses = -jax.nn.log_sigmoid(beta * (_average(c, chosen_tokens) - _average(r, rejected_tokens)))
-    return losses, _rewards(c, r, beta)
+    ratios.check(beta)
+    c, r = ratios.log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    c_score, r_score = _scores(c, r, f_divergence_type, f_alpha_divergence_coef)
+    margin = ratios.average(c_score, chosen_tokens) - ratios.average(r_score, rejected_tokens)
+    return -jax.nn.log_sigmoid(beta * margin), ratios.rewards(c, r, beta)
 
 
-@dataclass(frozen=True)
-class Preference:
-    """A loss of this file as `loss.name` selects it; all that is known of it is read from its signature."""
+def exo_pair(
+    policy_chosen: Array,
+    policy_rejected: Array,
+    ref_chosen: Array,
+    ref_rejected: Array,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 1e-3,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+) -> PairLosses:
+    """EXO for pairs: the reverse KL from the policy's choice between the two responses to the smoothed label.
 
-    function: Callable[..., PairLosses]
+    `s(beta d) (log s(beta d) - log(1 - label_smoothing)) + s(-beta d) (log s(-beta d) - log label_smoothing)`
 
-    @property
-    def takes_tokens(self) -> bool:
-        """Whether `chosen_tokens` and `rejected_tokens` [P] are to be given."""
-        return "chosen_tokens" in inspect.signature(self.function).parameters
+    Args:
+      policy_chosen, policy_rejected, ref_chosen, ref_rejected: [P] sums of token log-probs in nats, as in `dpo`.
+      beta: strength of the pull towards the reference, above 0.
+      label_smoothing: the label's probability of the rejected response, in (0, 0.5); at 0 the loss is infinite.
+      f_divergence_type, f_alpha_divergence_coef: see `ratios.f_divergence`.
 
-    @property
-    def options(self) -> dict[str, float | bool]:
-        """The keyword options that a config may set, with their defaults."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    Returns:
+      losses [P], and `rewards/chosen`, `rewards/rejected` [P] as in `dpo`.
 
-    def at_reference(self, **options: float | bool) -> float:
-        """The loss of a pair whose policy is its reference, as at the first step: log 2 for the sigmoid losses."""
-        zero = jnp.zeros((1,), jnp.float32)
-        tokens = {"chosen_tokens": zero, "rejected_tokens": zero} if self.takes_tokens else {}
-        return float(self.function(zero, zero, zero, zero, **tokens, **options)[0][0])
+    Raises:
+      ValueError: beta, label_smoothing or f_divergence_type is out of its range.
 
-
-LOSSES: dict[str, Preference] = {
-    "sigmoid": Preference(dpo),
-    "hinge": Preference(hinge),
-    "ipo": Preference(ipo),
-    "robust": Preference(robust),
-    "sigmoid_norm": Preference(sigmoid_norm),
-}
-
-
-def _log_ratios(
-    policy_chosen: Array, policy_rejected: Array, ref_chosen: Array, ref_rejected: Array
-) -> tuple[Array, Array]:
-    """c and r [P] in float32; the reference is data, so no gradient reaches it."""
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected = (
-        jnp.asarray(x, jnp.float32) for x in (policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    )
-    return policy_chosen - jax.lax.stop_gradient(ref_chosen), policy_rejected - jax.lax.stop_gradient(ref_rejected)
+    References:
+      Ji et al. 2024, https://arxiv.org/abs/2402.00856, eq. 16.
+    """
+    ratios.check(beta, label_smoothing)
+    if isinstance(label_smoothing, int | float) and label_smoothing == 0:
+        raise ValueError("label_smoothing is 0, expected a probability in (0, 0.5) for exo_pair (the paper: 0.001)")
+    c, r = ratios.log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    c_score, r_score = _scores(c, r, f_divergence_type, f_alpha_divergence_coef)
+    scaled = beta * (c_score - r_score)
+    chosen = jax.nn.sigmoid(scaled) * (jax.nn.log_sigmoid(scaled) - jnp.log1p(-label_smoothing))
+    rejected = jax.nn.sigmoid(-scaled) * (jax.nn.log_sigmoid(-scaled) - jnp.log(label_smoothing))
+    return chosen + rejected, ratios.rewards(c, r, beta)
 
 
-def _average(log_ratios: Array, tokens: Array) -> Array:
-    """[P] nats -> [P] nats a token; a filler has no tokens and keeps a finite value and gradient."""
-    return log_ratios / jnp.maximum(jnp.asarray(tokens, jnp.float32), 1)
+def discopop(
+    policy_chosen: Array,
+    policy_rejected: Array,
+    ref_chosen: Array,
+    ref_rejected: Array,
+    *,
+    beta: float = 0.1,
+    discopop_tau: float = 0.05,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+) -> PairLosses:
+    """DiscoPOP's log-ratio modulated loss: logistic where the pair is ordered wrongly, exponential where rightly.
+
+    `-(1 - m) log s(beta d) + m exp(-beta d)` with `m = s(beta d / discopop_tau)`
+
+    Args:
+      policy_chosen, policy_rejected, ref_chosen, ref_rejected: [P] sums of token log-probs in nats, as in `dpo`.
+      beta: strength of the pull towards the reference, above 0.
+      discopop_tau: how softly one part gives way to the other, in (0, 1]; above 1 the loss has no bound in practice.
+      f_divergence_type, f_alpha_divergence_coef: see `ratios.f_divergence`.
+
+    Returns:
+      losses [P], and `rewards/chosen`, `rewards/rejected` [P] as in `dpo`.
+
+    Raises:
+      ValueError: beta, discopop_tau or f_divergence_type is out of its range.
+
+    References:
+      Lu et al. 2024, https://arxiv.org/abs/2406.08414, eq. 5.
+    """
+    ratios.check(beta)
+    if isinstance(discopop_tau, int | float) and not 0 < discopop_tau <= 1:
+        raise ValueError(f"discopop_tau is {discopop_tau}, expected a number in (0, 1] (the paper: 0.05)")
+    c, r = ratios.log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    c_score, r_score = _scores(c, r, f_divergence_type, f_alpha_divergence_coef)
+    scaled = beta * (c_score - r_score)
+    logistic = -jax.nn.log_sigmoid(scaled) * jax.nn.sigmoid(-scaled / discopop_tau)
+    # m exp(-beta d) in one exponential: of a pair far on the wrong side its factors are 0 and infinite.
+    exponential = jnp.exp(jax.nn.log_sigmoid(scaled / discopop_tau) - scaled)
+    return logistic + exponential, ratios.rewards(c, r, beta)
 
 
-def _rewards(c: Array, r: Array, beta: float) -> dict[str, Array]:
-    """The implicit rewards of a pair, [P] each."""
-    return {"rewards/chosen": beta * c, "rewards/rejected": beta * r}
-
-
-def _check(beta: float, label_smoothing: float = 0.0) -> None:
-    """Refuse numbers out of range; an array (a beta that changes during a run) can't be read inside jit."""
-    if isinstance(beta, int | float) and not 0 < beta < float("inf"):
-        raise ValueError(f"beta is {beta}, expected a finite number above 0 (usual: 0.01 to 0.5)")
-    if isinstance(label_smoothing, int | float) and not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing is {label_smoothing}, expected a probability in [0, 0.5): at 0.5 labels say nothing"
-        )
+def _scores(c: Array, r: Array, f_divergence_type: str, f_alpha_divergence_coef: float) -> tuple[Array, Array]:
+    """What stands for c and r under the f-divergence, [P] each."""
+    chosen, rejected = (ratios.f_divergence(x, f_divergence_type, f_alpha_divergence_coef) for x in (c, r))
+    return chosen, rejected

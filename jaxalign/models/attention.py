@@ -70,7 +70,7 @@ def _obstacle(kernel: str, cfg: ModelConfig, mesh: Any, platform: str) -> str | 
     if cfg.num_attention_heads % parts:
         return f"{cfg.num_attention_heads} heads do not divide over mesh.tensor x mesh.sequence = {parts}"
     if kernel == "splash":
-        return None if platform == "tpu" else f"the splash kernel runs on TPUs and the devices are of platform {platform}"
+        return None if platform == "tpu" else f"the kernel runs on TPUs and the devices are of platform {platform}"
     if platform != "gpu":
         return f"cuDNN runs on NVIDIA GPUs and the devices are of platform {platform}"
     device = jax.local_devices(backend="gpu")[0]
@@ -126,9 +126,7 @@ def attention_mask(
     return mask
 
 
-def split_heads(
-    q_RTNH: jax.Array, k_RSKH: jax.Array, v_RSKH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def split_heads(q_RTNH: jax.Array, k_RSKH: jax.Array, v_RSKH: jax.Array) -> tuple[jax.Array, ...]:
     """q, k and v with whole time and heads split over HEADS, where the query heads divide.
 
     Too few key/value heads are copied, just as often as makes them split.
@@ -136,21 +134,22 @@ def split_heads(
     n_kv, parts = k_RSKH.shape[2], sharding.axis_size(HEADS)
     if n_kv % parts and q_RTNH.shape[2] % parts == 0:
         k_RSKH, v_RSKH = (jnp.repeat(x, math.lcm(n_kv, parts) // n_kv, axis=2) for x in (k_RSKH, v_RSKH))
+    return tuple(sharding.constrain(x, sharding.ROWS, None, HEADS, None) for x in (q_RTNH, k_RSKH, v_RSKH))
 
 
-    def exchange(x: jax.Array) -> jax.Array:
-        # Said before and after, so that these arrays are what travels, once, and not what they are computed from.
-        x = sharding.constrain(x, sharding.ROWS, "sequence", "tensor", None)
-        return sharding.constrain(x, sharding.ROWS, None, HEADS, None)
+def split_time(x_RTNH: jax.Array) -> jax.Array:
+    """Heads with time split over the sequence axis, as the rest of a layer has it.
 
-    return exchange(q_RTNH), exchange(k_RSKH), exchange(v_RSKH)
+    Said of q, k, v and the output, so that these are what is exchanged and not what they are computed from.
+    """
+    return sharding.constrain(x_RTNH, sharding.ROWS, "sequence", "tensor", None)
 
 
 def attend(q_RTNH: jax.Array, k_RSKH: jax.Array, v_RSKH: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax attention with grouped queries; scores and softmax in float32. Returns [R, T, N, H].
 
-    With a sequence axis in the mesh, time is exchanged for heads on the way in (all-to-all) and the caller's layout
-    brings it back: DeepSpeed-Ulysses (Jacobs et al. 2023).
+    With a sequence axis in the mesh, time is exchanged for heads on the way in (all-to-all) and the caller's
+    `split_time` brings it back: DeepSpeed-Ulysses (Jacobs et al. 2023).
     """
     rows, n_queries, _, head_dim = q_RTNH.shape
     q_RTNH, k_RSKH, v_RSKH = split_heads(q_RTNH, k_RSKH, v_RSKH)

@@ -151,7 +151,7 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q = RMSNorm(cfg.rms_norm_eps, name="q_norm")(q)
             k = RMSNorm(cfg.rms_norm_eps, name="k_norm")(k)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (attention.split_time(x) for x in (rotate(q, *rope), rotate(k, *rope), v))
         if cache is not None:
             # The cache is a carry of the layer scan, written at [layer, :, index:index + T]: XLA updates it in place.
             zero = jnp.zeros((), index.dtype)
@@ -168,7 +168,7 @@ class Attention(nn.Module):
             # A kernel is compiled for its window: one for each that the layers have, and the layer says which.
             kernels = [functools.partial(flash.attend, cfg.attention, window=w) for w in _windows(cfg)]
             out = lax.switch(window, kernels, q, k, v, seen)
-        out = out.reshape(rows, time, cfg.num_attention_heads * cfg.head_dim)
+        out = attention.split_time(out).reshape(rows, time, cfg.num_attention_heads * cfg.head_dim)
         out = linear(cfg.hidden_size, ("heads", "embed"), use_bias=cfg.attention_out_bias, name="o_proj")(out)
         return out, cache
 
@@ -193,9 +193,7 @@ class Layer(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, carry: Any, rope: Any, seen: Any, index: Any, layer: jax.Array, window: Any
-    ) -> tuple[Any, None]:
+    def __call__(self, carry: Any, rope: Any, seen: Any, index: Any, layer: jax.Array, window: Any) -> tuple[Any, None]:
         cfg = self.cfg
         x, cache = carry
         norm = functools.partial(RMSNorm, cfg.rms_norm_eps)

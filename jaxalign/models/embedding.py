@@ -13,15 +13,14 @@ from jax.sharding import PartitionSpec
 
 from jaxalign import sharding
 
-
 # What a group's states may take at once in float32, which they are on the way back. Long rows are looked up in parts.
 GROUP_BYTES = 256 * 2**20
 
 
 def vocab_axes(table_VD: Any, mesh: Any) -> tuple[str, ...]:
     """The mesh axes that a table [V, D] is split over, by the one rule in `sharding.RULES`."""
-    spec = sharding.partition(table_VD.shape, ("vocab", None), mesh)
-    return tuple(spec[0] or ())
+    axes = sharding.partition(table_VD.shape, ("vocab", None), mesh)[0] or ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)  # PartitionSpec makes a name of a tuple of one
 
 
 def lookup(table_VD: jax.Array, tokens_RT: jax.Array, dtype: Any) -> jax.Array:

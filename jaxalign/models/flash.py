@@ -46,10 +46,9 @@ def attend(
     rows = sharding.fit(q_RTNH.shape[0], sharding.ROWS)
     spec = PartitionSpec(rows, None, attention.HEADS)
     # No collective happens inside, so there is nothing that the check of replication could find.
-    out_RTNH = jax.shard_map(
-        kernel, in_specs=(spec, spec, spec, PartitionSpec(rows)), out_specs=spec, check_vma=False
-    )(q_RTNH, k_RTKH, v_RTKH, segment_ids_RT)
-    return sharding.constrain(out_RTNH, sharding.ROWS, "sequence", "tensor", None)
+    specs = (spec, spec, spec, PartitionSpec(rows))
+    mapped = jax.shard_map(kernel, in_specs=specs, out_specs=spec, check_vma=False)
+    return mapped(q_RTNH, k_RTKH, v_RTKH, segment_ids_RT)
 
 
 def splash(

@@ -1,6 +1,6 @@
 """DPO of Llama-3.1-70B on Tulu 3's preferences, for 32 chips of TPU v5p or more. Start it on every host alike.
 
-    python -m jaxalign.preflight --config=configs/dpo_llama3_70b.py --topology=v5p:2x4x4 \
+    python -m jaxalign.preflight --config=configs/dpo_llama3_70b.py --topology=v5p:2x4x4 \\
         --model_config=configs/shapes/tulu3_70b.json
     python -m jaxalign.train --config=configs/dpo_llama3_70b.py --config.workdir=gs://BUCKET/dpo_llama3_70b
 
@@ -9,6 +9,8 @@ allenai/open-instruct): length-normalised DPO with beta 5, learning rate 2e-7, l
 batch 128 (64 GPUs x 1 x 2), 2,048 tokens, one epoch, on the same model and pairs. Not published there: the seed, how
 gradients are clipped, and an evaluation set (here: 0.3% of the pairs are held out). Its accumulation and its mesh are
 ours: they change memory, not the result.
+
+Memory by the TPU compiler (libtpu 0.0.42, the command above): 69.3 of 102.8 GB of each chip of v5p:2x4x4.
 
 Expected time: not run. Expected numbers: not run.
 """

@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jaxalign import config as config_lib
-from jaxalign import hf, models, objectives, optim, reference, sharding
+from jaxalign import hf, models, objectives, optim, reference, sharding, xla_flags
 from jaxalign import step as step_lib
 from jaxalign.data import batching, sources
 from jaxalign.data.tokenizers import byte_tokenizer
@@ -196,13 +196,14 @@ class Programs:
             jax.eval_shape(functools.partial(reference.frozen_copy, ref_cfg), ref_params), self._ref_shardings
         )
         self._new_state = jax.jit(new_state, donate_argnums=0, out_shardings=shardings)
-        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
-        self.score = jax.jit(
+        jit = functools.partial(jax.jit, compiler_options=xla_flags.options(mesh))
+        self.train_step = jit(step, donate_argnums=0, out_shardings=(shardings, whole))
+        self.score = jit(
             reference.make_score(ref_cfg, micro_batches=micro_batches), out_shardings=sharding.row_sharding(mesh)
         )
         # Rows outside of training come in batches of a micro-batch's size already.
-        self.score_once = jax.jit(reference.make_score(ref_cfg), out_shardings=sharding.row_sharding(mesh))
-        self.examples = jax.jit(self.objective.examples, out_shardings=whole)
+        self.score_once = jit(reference.make_score(ref_cfg), out_shardings=sharding.row_sharding(mesh))
+        self.examples = jit(self.objective.examples, out_shardings=whole)
         self.gradients = step_lib.make_gradients(self.objective, gradient_accumulation_steps=micro_batches)
         self.sync: Any = None
         if moving:
@@ -214,6 +215,11 @@ class Programs:
                 return state._replace(aux={**state.aux, "reference": mixed})
 
             self.sync = jax.jit(sync, donate_argnums=0, out_shardings=shardings)
+
+    @property
+    def live_reference(self) -> bool:
+        """Whether a reference, fixed or moving, scores every training batch."""
+        return self.objective.needs_reference and not self.cached_reference
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:
@@ -238,7 +244,6 @@ class Run(Programs):
         ref_path = config.reference.path
         ref_cfg = cfg if ref_path is None else model_config(config, path=ref_path, platform=platform)
         check_model(ref_cfg, config, data.tokenizer)
-        self.begins_at_reference = ref_path is None
         self.on_progress: Callable[[str], object] = lambda what: None
 
         self._buckets = tuple(config.data.buckets) or None
@@ -253,6 +258,7 @@ class Run(Programs):
         self.source: Callable[..., Any] = pairs
         self.pairs_of = pairs.pairs_of
         super().__init__(config, mesh, cfg, ref_cfg, steps=config.steps or pairs.steps(config.epochs))
+        self.begins_at_reference = ref_path is None and self.objective.needs_reference
         self._score_pairs = config.batch_size // config.gradient_accumulation_steps
 
     @functools.cached_property
@@ -298,13 +304,13 @@ class Run(Programs):
     @property
     def _is_live(self) -> bool:
         """Whether a fixed reference scores every batch."""
-        return self.sync is None and not self.cached_reference
+        return self.live_reference and self.sync is None
 
     def reference_of(self, state: step_lib.TrainState) -> models.Params | None:
-        """The weights that score a training batch; None where its ref_logps come with it."""
+        """The weights that score a training batch; None where its ref_logps come with it or nothing asks for them."""
         if self.sync is not None:
             return state.aux["reference"]
-        return None if self.cached_reference else self.reference_params
+        return self.reference_params if self.live_reference else None
 
     def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """A host batch of training on the mesh."""
@@ -326,7 +332,7 @@ class Run(Programs):
             limit = self.config.eval.max_rows
             held_out = self.data.held_out
             self._eval_data = held_out if limit is None else held_out.select(np.arange(min(limit, len(held_out))))
-            if self.sync is None:
+            if self.objective.needs_reference and self.sync is None:
                 self._eval_reference = self._cached(self._eval_data, self.eval_pairs, "evaluation", say)
 
     def reference_file(self, prepared: sources.Prepared) -> epath.Path:
@@ -337,9 +343,10 @@ class Run(Programs):
 
     def first_completions_file(self) -> epath.Path:
         """Where the completions of the untrained policy are kept: what they depend on is in the name."""
-        samples = {**self.config.samples.to_dict(), "every": None}
-        what = [reference.VERSION, self._policy_identity, self.data.fingerprint, samples]
-        digest = hashlib.sha256(json.dumps([*what, self.config.seed, self.cfg.compute_dtype]).encode()).hexdigest()[:32]
+        samples = self.config.samples
+        asked = [samples.prompts, samples.max_new_tokens, samples.temperature, self.config.seed]
+        what = [reference.VERSION, self._policy_identity, self.data.fingerprint, self.cfg.compute_dtype, *asked]
+        digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
         return self.data.train.kept_in / f"completions-{digest}.json"
 
     def _cached(
@@ -375,7 +382,7 @@ class Run(Programs):
         return hashlib.sha256(json.dumps(random, sort_keys=True).encode()).hexdigest()
 
     def eval_batches(self, state: step_lib.TrainState, *, untrained: bool = False) -> Iterator[dict[str, jax.Array]]:
-        """The fixed evaluation pairs on the mesh, with ref_logps. After `score_reference`.
+        """The fixed evaluation pairs on the mesh, with ref_logps if the loss needs them. After `score_reference`.
 
         Where the policy is `untrained` and so still the reference that has scored them, its log-probs come with them.
         """
@@ -386,7 +393,9 @@ class Run(Programs):
         for n in range(len(batches)):
             self.on_progress(f"batch {n} of {len(batches)} of an evaluation")
             batch = batches[n]
-            if self.sync is None:
+            if not self.objective.needs_reference:
+                yield reference.place(self.mesh, batch, n_rows)
+            elif self.sync is None:
                 logps = self._eval_reference(batch, rows)
                 known = {"logps": logps} if is_known else {}
                 yield reference.place(self.mesh, {**batch, "ref_logps": logps, **known}, n_rows)

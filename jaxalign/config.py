@@ -108,7 +108,10 @@ def validate(
 
 
 def loss_arguments(config: ConfigDict) -> tuple[dict[str, float], dict[str, Any]]:
-    """What `objectives.pairwise` wants of `loss.*`: {term: weight} in the order of loss.name, and their options."""
+    """What `objectives.pairwise` wants of `loss.*`: {term: weight} in the order of loss.name, and their options.
+
+    An option of None is the loss's own default, which two losses may have apart.
+    """
     names = config.loss.name.split("+")
     weights = config.loss.weights or (1.0,) * len(names)
     options = frozenset[str]().union(*(_loss_options(name) or () for name in names))
@@ -437,11 +440,35 @@ def _loss_contradictions(c: ConfigDict) -> Iterator[Problem]:
         yield ("loss.name",), f"loss.name: {nameless[0]!r} is none of {', '.join(LOSSES)}, or sft in a sum{hint}"
     elif terms == ["sft"]:
         yield ("loss.name",), "loss.name: sft is only a term of a sum here, such as sigmoid+sft"
+    else:
+        yield from _option_contradictions(c, [term for term in terms if term != "sft"])
     if len(set(terms)) != len(terms):
         yield ("loss.name",), f"loss.name = {c.loss.name!r} names a term twice: give it one weight"
     if len(terms) > 1 and c.loss.weights and len(c.loss.weights) != len(terms):
         text = f"loss.weights has {len(c.loss.weights)} numbers for the {len(terms)} terms of {c.loss.name!r}"
         yield ("loss.weights", "loss.name"), text
+
+
+def _option_contradictions(c: ConfigDict, terms: Sequence[str]) -> Iterator[Problem]:
+    """Options that some of the terms take and that can't stand with the others."""
+    from jaxalign.losses import LOG_PROB_OPTIONS, check_terms
+
+    for option in LOG_PROB_OPTIONS:
+        if any(option in (_loss_options(term) or ()) for term in terms):  # else it has no effect at all
+            try:
+                check_terms(terms, {option: c.loss[option]})
+            except ValueError as error:
+                yield (f"loss.{option}", "loss.name"), f"loss.{error}"
+    if "exo_pair" in terms and c.loss.label_smoothing == 0:
+        text = "loss.label_smoothing is 0, but exo_pair divides by it: set a small one, e.g. 0.001"
+        yield ("loss.label_smoothing", "loss.name"), text
+
+
+def needs_reference(config: ConfigDict) -> bool:
+    """Whether the objective compares with a reference model."""
+    from jaxalign.losses import LOSSES
+
+    return any(LOSSES[name].needs_reference for name in config.loss.name.split("+") if name in LOSSES)
 
 
 def _best_contradictions(c: ConfigDict, given: Given) -> Iterator[Problem]:
@@ -476,7 +503,10 @@ def _inert(c: ConfigDict, given: Given) -> Iterator[Problem]:
     of_optimizer = [name for name in _OPTIMIZER_KEYS if options is not None and name.partition(".")[2] not in options]
     no_eval = not _names_eval(c) and not given.eval_dataset
     rules: list[tuple[bool, Sequence[str], str]] = [
-        (bool(terms), of_loss, f"loss {c.loss.name!r} doesn't take it"),
+        *((bool(terms), [name], f"loss {c.loss.name!r} doesn't take it, only {_takers(name)}") for name in of_loss),
+        ("loss.f_alpha_divergence_coef" in taken and c.loss.f_divergence_type != "alpha_divergence",
+         ["loss.f_alpha_divergence_coef"], f"loss.f_divergence_type is {c.loss.f_divergence_type}"),
+        (bool(terms) and not needs_reference(c), _section("reference"), f"loss {c.loss.name!r} has no reference"),
         ("+" not in c.loss.name, ["loss.weights"], f"loss.name = {c.loss.name!r} has one term"),
         (True, of_optimizer, f"optimizer {c.optim.name!r} doesn't take it"),
         (c.optim.name == "adam", ["optim.weight_decay"], "optimizer 'adam' has no decay; adamw is adam with it"),
@@ -514,6 +544,13 @@ def _loss_options(name: str) -> frozenset[str] | None:
     from jaxalign.losses import LOSSES
 
     return frozenset(LOSSES[name].options) if name in LOSSES else None
+
+
+def _takers(key: str) -> str:
+    """The losses that take the option `key`."""
+    from jaxalign.losses import LOSSES
+
+    return ", ".join(name for name, loss in LOSSES.items() if key.removeprefix("loss.") in loss.options)
 
 
 def _optimizer_options(name: str) -> frozenset[str] | None:

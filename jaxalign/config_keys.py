@@ -105,13 +105,28 @@ KEYS: tuple[Key, ...] = (
         range="[-1, inf)"),
     Key("mesh.sequence", 1, int, "Devices along the sequence axis: a row's tokens are split.", range="[-1, inf)"),
 
-    Key("loss.name", "sigmoid", str, "The objective: sigmoid (DPO), hinge, ipo, robust, sigmoid_norm, or a sum such as "
-        "sigmoid+sft."),
+    Key("loss.name", "sigmoid", str, "The objective, or a sum such as sigmoid+sft. Against a reference: sigmoid (DPO), "
+        "hinge, ipo, robust, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, aot, "
+        "aot_unpaired. Without one: orpo, simpo, cpo, cpo_hinge, cpo_ipo."),
     Key("loss.weights", (), tuple[float, ...], "Weights of the terms of a sum, in its order; (): 1 each."),
-    Key("loss.beta", 0.1, float, "Strength of the pull towards the reference (ipo: its tau).", range="(0, inf)"),
-    Key("loss.label_smoothing", 0.0, float, "Probability that a label is swapped (sigmoid: conservative DPO; robust: "
-        "its epsilon).", range="[0, 0.5)"),
+    Key("loss.beta", None, float | None, "Strength of the pull towards the reference (ipo: its tau; simpo, cpo: scale "
+        "of the rewards; orpo: weight beside the NLL). None: the loss's own (simpo 2, others 0.1).", range="(0, inf)"),
+    Key("loss.label_smoothing", None, float | None, "Probability that a label is swapped (sigmoid: conservative DPO; "
+        "robust, exo_pair: their epsilon). None: the loss's own (exo_pair 0.001, others 0).", range="[0, 0.5)"),
     Key("loss.length_normalize", True, bool, "ipo: compare averages over tokens instead of sums."),
+    Key("loss.discopop_tau", 0.05, float, "discopop: how softly its two parts give way to each other.",
+        range="(0, 1]"),
+    Key("loss.f_divergence_type", "reverse_kl", str, "Divergence that holds the policy to its reference, for losses of "
+        "the pair's margin (sigmoid to discopop).",
+        choices=("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")),
+    Key("loss.f_alpha_divergence_coef", 0.5, float, "alpha_divergence: its alpha (1: reverse_kl, 0: forward_kl)."),
+    Key("loss.ld_alpha", None, float | None, "Weight, in every log-prob, of tokens beyond the length of the pair's "
+        "shorter response (LD-DPO). None: 1.", range="[0, 1]"),
+    Key("loss.use_weighting", False, bool, "Weight pairs by how likely the policy is to give their responses (WPO)."),
+    Key("loss.gamma_beta_ratio", 0.5, float, "simpo: target margin over beta, in nats a token.", range="[0, inf)"),
+    Key("loss.alpha", 0.0, float, "simpo and cpo*: alpha of AlphaPO's reward (1 - p^-alpha) / alpha; 0: log p."),
+    Key("loss.cpo_alpha", None, float | None, "simpo and cpo*: weight of the chosen responses' token NLL. None: the "
+        "loss's own (simpo 0, others 1).", range="[0, inf)"),
 
     Key("reference.mode", "live", str, "live: scored before each step. cached: all rows scored once before the first "
         "step and kept on disk.", choices=("live", "cached")),

@@ -55,6 +55,7 @@ def summarize(examples: Mapping[str, np.ndarray], loss: float) -> dict[str, floa
     ):
         low, high = metrics.wilson(int(right.sum()), len(right))
         result |= {name: float(right.mean()), f"{name}_low": low, f"{name}_high": high}
+    result |= {f"eval_{name}": float(x.mean(dtype=np.float64)) for name, x in examples.items() if "log_odds" in name}
     result["eval_pairs"] = len(margins)
     return result
 

@@ -72,7 +72,7 @@ def evaluate(
     margin, error = found["eval_rewards/margins"], found["eval_rewards/margins_se"]
     found |= {"eval_rewards/margins_low": margin - Z * error, "eval_rewards/margins_high": margin + Z * error}
     for side in ("chosen", "rejected"):
-        value, low, high = perplexity(examples[f"logps/{side}"], examples[f"{side}_tokens"])
+        value, low, high = perplexity(-examples[f"nll/{side}"], examples[f"{side}_tokens"])
         name = f"eval_perplexity/{side}"
         found |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return found
@@ -104,12 +104,17 @@ def is_run(model: str) -> bool:
 def _of_model(config: ConfigDict, model: str, reference: str | None) -> ConfigDict:
     """The config of a run that would begin with `model`, only to be evaluated."""
     config = config.copy_and_resolve_references()
+    if reference is not None and not config_lib.needs_reference(config):
+        raise ValueError(f"--reference={reference}: rewards of the loss {config.loss.name!r} need no reference")
     config.reference.mode, config.reference.sync_every = "live", 0
     if is_run(model):
         saved = json.loads((paths.at(model) / run_folder.CONFIG_FILE).read_text())
         config.model.path, config.model.random = saved["model"]["path"], saved["model"]["random"]
         config.tokenizer.path = saved["tokenizer"]["path"]
         config.reference.path = reference or saved["reference"]["path"]
+        return config
+    if not config_lib.needs_reference(config):
+        config.model.path, config.model.random = model, None
         return config
     reference = reference or config.reference.path or config.model.path
     if reference is None:

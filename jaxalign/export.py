@@ -1,13 +1,12 @@
 """A run's checkpoint as a Hugging Face folder: `python -m jaxalign.export RUN OUT --step=best`.
 
-Runs on one CPU host, whatever mesh wrote the checkpoint, with memory for its largest weight (a stacked leaf of the
-layers) twice, not for the model. RUN and OUT may be in a bucket. A run itself exports on its own mesh.
+Runs on one CPU host, whatever mesh wrote the checkpoint, with memory for two or three times its largest weight (which
+holds all layers), not for the model. RUN and OUT may be in a bucket. A run of several processes exports on its mesh.
 """
 
 import json
 import logging as python_logging
 import os
-import subprocess
 import sys
 from typing import Any, NamedTuple
 
@@ -122,22 +121,6 @@ def export(
             log.warning("checkpoint %d in %s is INVALID: %s", number, opened.checkpoints, error)
             invalid.append(f"{number}: {error}")
     raise checkpoint.InvalidCheckpoint(f"no checkpoint in {opened.checkpoints} is valid ({'; '.join(invalid)})")
-
-
-def in_subprocess(
-    run: paths.PathLike, target: paths.PathLike, *, step: str | int = "last", dtype: str = "source"
-) -> None:
-    """`export` in a process of its own on the CPU, which belongs to no group of processes.
-
-    Raises:
-      ValueError: it failed; the message has what it said.
-    """
-    ours = ("JAX_", "TPU_", "MEGASCALE_", "XLA_FLAGS")  # who the processes are, and which devices they see
-    environment = {name: x for name, x in os.environ.items() if not name.startswith(ours)}
-    command = [sys.executable, "-m", "jaxalign.export", str(run), str(target), f"--step={step}", f"--dtype={dtype}"]
-    done = subprocess.run(command, env={**environment, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"the export failed; again by hand: {' '.join(command[1:])}\n{done.stderr.strip()[-3000:]}")
 
 
 def _main(argv: list[str]) -> None:

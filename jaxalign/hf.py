@@ -352,15 +352,17 @@ def save(
     }
     shards = safetensors_file.plan({name: one.shape for name, one in tensors.items()}, DTYPES[dtype], max_shard_bytes)
     first = jax.process_index() == 0
-    with tempfile.TemporaryDirectory() as small, _place_to_write(target, first) as place:
+    with tempfile.TemporaryDirectory() as small:
         if first:  # what is quick and may fail comes before the weights
+            _clean(target)
             _write_small_files(Path(small), cfg, tokenizer_from, generation_from)
-        _write_weights(place, params, tensors, shards, DTYPES[dtype])
-        if first:
-            safetensors_file.write_index(place, shards, DTYPES[dtype])
-            _check(_Source(place, *safetensors_file.open_folder(place)), cfg, leaves, new_score=False)
-            for file in sorted(Path(small).iterdir(), key=lambda file: file.name == "config.json"):
-                paths.replace(place / file.name, file.read_bytes())
+        with _place_to_write(target, first) as place:
+            _write_weights(place, params, tensors, shards, DTYPES[dtype])
+            if first:
+                safetensors_file.write_index(place, shards, DTYPES[dtype])
+                _check(_Source(place, *safetensors_file.open_folder(place)), cfg, leaves, new_score=False)
+                for file in sorted(Path(small).iterdir(), key=lambda file: file.name == "config.json"):
+                    paths.replace(place / file.name, file.read_bytes())
     return target
 
 
@@ -398,6 +400,21 @@ def _check_target(target: Folder) -> None:
         raise ValueError(f"{target} exists and is no model folder; choose another folder or remove it")
 
 
+def _beside(target: epath.Path) -> tuple[epath.Path, epath.Path]:
+    """Where a folder is made before it is `target`, and where the earlier one is until then."""
+    return target.parent / f".{target.name}.partial", target.parent / f".{target.name}.old"
+
+
+def _clean(target: epath.Path) -> None:
+    """Clears away, or puts back, what a killed save left on a disk."""
+    if paths.is_remote(target):
+        return
+    temporary, old = _beside(target)
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _place_to_write(target: epath.Path, first: bool) -> Iterator[epath.Path]:
     """The empty folder to write to, which is `target` itself in a bucket; on a disk it gets that name at the end.
@@ -413,15 +430,10 @@ def _place_to_write(target: epath.Path, first: bool) -> Iterator[epath.Path]:
         yield target
         gather.wait_for_all("export ends")
         return
-    # Fixed names: what a killed export left behind is cleared away, or put back, by the next.
-    temporary, old = target.parent / f".{target.name}.partial", target.parent / f".{target.name}.old"
+    temporary, old = _beside(target)
     try:
         if first:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if old.exists() and not target.exists():
-                os.rename(old, target)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+            temporary.mkdir(parents=True)
         gather.wait_for_all("export begins")
         if not temporary.exists():
             raise ValueError(

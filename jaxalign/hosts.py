@@ -32,7 +32,7 @@ def connect() -> None:
       ValueError: the environment names a coordinator but not which of how many processes this is.
     """
     env = os.environ
-    explicit: dict[str, int] = {}
+    explicit: dict[str, Any] = {}
     if "JAX_COORDINATOR_ADDRESS" in env:
         try:
             explicit = {

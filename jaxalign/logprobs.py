@@ -300,7 +300,7 @@ def _local_gradients(layout, hidden_RTD, table_vD, mask_RT, per_token, temperatu
         d_table += jnp.einsum("Cv,CD->vD", d_logits, hidden_CD, preferred_element_type=jnp.float32)
         d_CD = jnp.einsum("Cv,vD->CD", d_logits, table_vD.astype(d_logits.dtype), preferred_element_type=jnp.float32)
         if layout.gather:
-            d_CD = lax.psum_scatter(d_CD, layout.gather, scatter_dimension=0, tiled=True)
+            d_CD = sharding.sum_scatter(d_CD, layout.gather, 0)
         if rest := tuple(axis for axis in layout.vocab if axis not in layout.gather):
             d_CD = lax.psum(d_CD, rest)
         return d_hidden.at[index_C].set(d_CD.astype(d_hidden.dtype), mode="drop"), d_table

@@ -39,7 +39,7 @@ TOKEN_STATISTICS = ("logps", "entropy", "mean_logit", "correct")
 class Pairwise:
     """Preference pairs: any loss of `losses.LOSSES`, the token NLL of the chosen side ("sft"), or a weighted sum.
 
-    Batch leaves: tokens, positions [R, T] int32; mask [R, T] bool; lengths [R] int32; and where a loss needs a reference
+    Batch leaves: tokens, positions [R, T] int32; mask [R, T] bool; lengths [R] int32; and where a loss has a reference
     ref_logps [R, T] float32 (per token, as `score` gives them). Rows 2i and 2i + 1 are the chosen and the rejected
     response of one pair. A pair with nothing masked on both sides is a filler and counts nowhere.
 
@@ -92,8 +92,8 @@ class Pairwise:
         sequences = self._sequences({"logps": batch["logps"]}, batch)
 
         def total(chosen: jax.Array, rejected: jax.Array) -> tuple[jax.Array, jax.Array]:
-            pair_losses = self._losses({**sequences, "policy_chosen": chosen, "policy_rejected": rejected}, coupled=True)
-            pair_losses = jnp.where(sequences["valid"], pair_losses, 0)
+            moved = {**sequences, "policy_chosen": chosen, "policy_rejected": rejected}
+            pair_losses = jnp.where(sequences["valid"], self._losses(moved, of_batch=True), 0)
             return pair_losses.sum(), pair_losses
 
         policy = sequences["policy_chosen"], sequences["policy_rejected"]
@@ -104,7 +104,7 @@ class Pairwise:
     def examples(self, params: models.Params, frozen: models.Params | None, batch: Batch) -> dict[str, jax.Array]:
         """Per pair, [P] float32: `loss` (without an NLL), rewards/* and logps/* as the loss has them, *_tokens, nll/*.
 
-        `nll/chosen` and `nll/rejected` are sums over the response, `nll/rows` over the whole chosen row (`rows_tokens`).
+        `nll/chosen` and `nll/rejected` are sums over a response, `nll/rows` over the whole chosen row (`rows_tokens`).
         With a reference there are ref_logps/*, too. `valid` (bool) is False for fillers. Where the policy's log-probs
         are known they come with the batch: `logps`.
         """
@@ -120,7 +120,8 @@ class Pairwise:
             sequences = {name: examples[name] for name in ("chosen_tokens", "rejected_tokens", "valid")}
             for side in ("chosen", "rejected"):
                 sequences |= {f"policy_{side}": examples[f"logps/{side}"], f"ref_{side}": examples[f"ref_logps/{side}"]}
-            pair_losses = self._losses(sequences, coupled=False) + self._losses(sequences, coupled=True)
+            pair_losses = self._losses(sequences, of_batch=False) + self._losses(sequences, of_batch=True)
+            pair_losses = jnp.where(examples["valid"], pair_losses, 0)
         loss = pair_losses.sum() / max(examples["valid"].sum(), 1)
         for name, weight in self._nll_weights.items():
             loss += weight * examples[f"nll/{name}"].sum() / max(examples[f"{name}_tokens"].sum(), 1)
@@ -192,11 +193,11 @@ class Pairwise:
         mask = batch["mask"]
         if "rows" in self._nll_weights:
             rows_PT = self._nll_mask("rows", batch)
-            mask |= jnp.stack([rows_PT, jnp.zeros_like(rows_PT)], axis=1).reshape(mask.shape)
+            mask = mask | jnp.stack([rows_PT, jnp.zeros_like(rows_PT)], axis=1).reshape(mask.shape)
         return logprobs.score(self.cfg, params, {**batch, "mask": mask}, want=want)
 
     def _sequences(self, stats: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
-        """What the losses take of each pair, [P] each: log-probs, tokens, `valid`, and `weights` under use_weighting."""
+        """What the losses take of each pair, [P] each: log-probs, tokens, `valid`; under use_weighting `weights`."""
         mask_RT = batch["mask"]
         tokens_R1 = logprobs.per_sequence(mask_RT, mask_RT)
         chosen_tokens, rejected_tokens = _pairs(tokens_R1)
@@ -219,11 +220,11 @@ class Pairwise:
             found["weights"] = jax.lax.stop_gradient(jnp.exp(sum(_pairs(average_R1))))
         return found
 
-    def _losses(self, sequences: Mapping[str, Any], *, coupled: bool) -> jax.Array:
-        """The weighted sum of the terms that look at the whole batch, or of those that look at one pair: [P]."""
+    def _losses(self, sequences: Mapping[str, Any], *, of_batch: bool) -> jax.Array:
+        """The weighted sum of the terms that look at one pair, or of those that look at the whole batch: [P]."""
         total = jnp.zeros_like(sequences["policy_chosen"])
         for name, weight in self._pair_terms:
-            if losses.LOSSES[name].couples == coupled:
+            if losses.LOSSES[name].couples == of_batch:
                 total += weight * self._call(name, sequences)[0]
         return total * sequences.get("weights", 1.0)
 
@@ -235,7 +236,7 @@ class Pairwise:
     def _examples(self, stats: Mapping[str, jax.Array], batch: Batch) -> dict[str, jax.Array]:
         sequences = self._sequences(stats, batch)
         values = {
-            "loss": self._losses(sequences, coupled=False),
+            "loss": self._losses(sequences, of_batch=False),
             "logps/chosen": sequences["policy_chosen"],
             "logps/rejected": sequences["policy_rejected"],
             "chosen_tokens": sequences["chosen_tokens"],
@@ -253,8 +254,8 @@ class Pairwise:
             values |= {"ref_logps/chosen": sequences["ref_chosen"], "ref_logps/rejected": sequences["ref_rejected"]}
             logged = {name: x for name, x in logged.items() if name.startswith("rewards/")}
         values |= logged
-        nll_PT = [-jnp.where(mask, x, 0) for mask, x in zip(*map(_sides, (batch["mask"], stats["logps"])), strict=True)]
-        values |= {"nll/chosen": nll_PT[0].sum(axis=1), "nll/rejected": nll_PT[1].sum(axis=1)}
+        nll_chosen, nll_rejected = _pairs(logprobs.per_sequence(-stats["logps"], batch["mask"]))
+        values |= {"nll/chosen": nll_chosen, "nll/rejected": nll_rejected}
         if "rows" in self._nll_weights:
             rows_PT = self._nll_mask("rows", batch)
             values["nll/rows"] = -jnp.where(rows_PT, _sides(stats["logps"])[0], 0).sum(axis=1)

@@ -141,7 +141,8 @@ def jobs(run: build.Programs) -> Iterator[Job]:
     def job(name: str, function: Any, arguments: tuple[Any, ...], besides: Any, n_rows: int) -> Job:
         return Job(name, (n_rows, length), lambda: function.lower(*arguments), arguments, besides)
 
-    fixed = None if run.sync is not None or run.cached_reference else run.reference
+    fixed = run.reference if run.live_reference and run.sync is None else None
+    scored = {"ref_logps": np.float32} if run.objective.needs_reference else {}
     eval_rows = 2 * run.eval_pairs
     if run.sync is not None:
         others = {name: x for name, x in state.aux.items() if name != "reference"}
@@ -150,12 +151,12 @@ def jobs(run: build.Programs) -> Iterator[Job]:
     elif run.cached_reference:  # before the first step, when there is no optimizer yet
         n_rows = run.rows // config.gradient_accumulation_steps
         yield job("score", run.score_once, (run.reference, batch(n_rows)), state.params, n_rows)
-    else:
+    elif run.live_reference:
         yield job("score", run.score, (run.reference, batch(run.rows)), state, run.rows)
-    yield job("train step", run.train_step, (state, None, batch(run.rows, ref_logps=np.float32)), fixed, run.rows)
+    yield job("train step", run.train_step, (state, None, batch(run.rows, **scored)), fixed, run.rows)
     without_weights = (state._replace(params=None), fixed)
     if config.data.eval.path or config.data.eval.split or config.data.eval.fraction:
-        arguments = (state.params, None, batch(eval_rows, ref_logps=np.float32))
+        arguments = (state.params, None, batch(eval_rows, **scored))
         yield job("evaluate", run.examples, arguments, without_weights, eval_rows)
     if config.samples.prompts:
         yield sampler(run, without_weights)
@@ -395,12 +396,12 @@ def settings(run: build.Programs, needs: Sequence[Need], memory: int) -> list[di
 
     The train step's temporaries are taken to be gradients (float32, under accumulation twice) and activations, which
     grow with the tokens of a micro-batch and with what `remat` keeps of them. Scoring and evaluation grow with its
-    tokens alone, sampling stays.
+    tokens alone, prefill and decode stay.
     """
     config, cfg = run.config, run.cfg
     splits, shape = config.gradient_accumulation_steps, run.mesh.shape
     weights = device_bytes(run.state.params)
-    reference = 0 if run.sync is not None or run.cached_reference else device_bytes(run.reference)
+    reference = device_bytes(run.reference) if run.live_reference and run.sync is None else 0
 
     def estimate(*, into: int = splits, remat: str = cfg.remat, data: int = 1, freed: int = 0) -> int:
         """The most over programs; `data`: how many copies of the weights become slices of one."""
@@ -412,7 +413,7 @@ def settings(run: build.Programs, needs: Sequence[Need], memory: int) -> list[di
                 gradients = min(temporaries, weights * (1 + (splits > 1)))
                 activations = (temporaries - gradients) * splits / into * kept[0] / kept[1]
                 temporaries = activations + weights * (1 + (into > 1)) / data
-            elif need.name != "prefill and decode":
+            elif need.name == "score" or (need.name == "evaluate" and config.eval.batch_size is None):
                 temporaries *= splits / into
             totals.append(int((need.total - need.temporaries - freed) / data + temporaries))
         return max(totals)
@@ -429,9 +430,11 @@ def settings(run: build.Programs, needs: Sequence[Need], memory: int) -> list[di
         found.append(("mesh.data=1 mesh.fsdp=-1", estimate(data=shape["data"])))
     if reference:
         found.append(("reference.mode=cached", estimate(freed=reference)))
-        if more:
-            all_of_them = f"gradient_accumulation_steps={more[-1]} model.remat=full reference.mode=cached"
-            found.append((all_of_them, estimate(into=more[-1], remat="full", freed=reference)))
+    together = [f"gradient_accumulation_steps={n}" for n in more[-1:]]
+    together += ["model.remat=full"] * (cfg.remat != "full") + ["reference.mode=cached"] * bool(reference)
+    if len(together) > 1:
+        size = estimate(into=more[-1] if more else splits, remat="full", freed=reference)
+        found.append((" ".join(together), size))
     firsts: dict[str, tuple[str, int]] = {}  # of each key the first value that fits
     for setting, size in found:
         if size <= memory:
@@ -495,6 +498,8 @@ def show(report: Mapping[str, Any], console: Any) -> None:
     for one in report["settings"]:
         outcome = "should fit" if one["fits"] else "still too much: it needs more devices, too"
         lines.append(f"try {_flags(one['setting'])}: about {_size(one['estimate'])}, {outcome}")
+    if not (report["fits"] or report["settings"]):
+        lines.append("no setting that is known here would help: it needs more devices")
     console.print(table)
     if any(need["collectives"] for need in report["programs"]):
         console.print(sent)

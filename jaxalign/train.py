@@ -282,8 +282,12 @@ class Training:
         self.bar.update(n, values)
 
     def flops(self, host_batch: dict[str, np.ndarray]) -> float:
-        """Model FLOPs of a step over all processes: forward and backward of the policy, forward of a live reference."""
-        passes = 3 if self.run.cached_reference else 4
+        """Model FLOPs of a step over all processes: forward and backward of the policy, forward of a live reference.
+
+        And where a loss looks at the whole batch, the forward pass that does so before the micro-batches.
+        """
+        is_split = self.config.gradient_accumulation_steps > 1
+        passes = 3 + self.run.live_reference + (self.run.objective.couples and is_split)
         lengths = host_batch["lengths"].copy()
         if "shared_prefix" in host_batch:  # computed once for both rows of a pair
             lengths[1::2] -= host_batch["shared_prefix"].shape[1]
@@ -441,16 +445,8 @@ class Training:
         if self.done and target.exists() and self.former["export"] == wanted:
             return target
         with self.stopper.during("export"):
-            if jax.process_count() == 1:
-                return export.export(self.folder, target, step=wanted["step"], dtype=wanted["dtype"])
-            from jax.experimental import multihost_utils
-
-            try:  # a checkpoint is read by a process of its own, because reading is a collective in these
-                if self.main:
-                    export.in_subprocess(self.folder, target, step=wanted["step"], dtype=wanted["dtype"])
-            finally:
-                multihost_utils.sync_global_devices("jaxalign:export")
-        return target
+            mesh = self.run.mesh if jax.process_count() > 1 else None
+            return export.export(self.folder, target, step=wanted["step"], dtype=wanted["dtype"], mesh=mesh)
 
     def samples(self) -> list[tuple[str, str, str]]:
         """(prompt, completion before, completion after) of the fixed prompts."""

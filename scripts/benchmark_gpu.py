@@ -479,40 +479,61 @@ def profile_worker(shape: str, steps: int) -> dict[str, Any]:
                         training.step(n, batch)
                 training.flush()
         (trace,) = Path(path, "profile").rglob("*.xplane.pb")
-        events = device_events(jax.profiler.ProfileData.from_file(str(trace)))
+        events = device_events(jax.profiler.ProfileData.from_file(str(trace)), jax.default_backend())
     return {
         "steps": steps,
         "model": f"Llama-3.2-1B's numbers, {pairs} pairs of {length} tokens a side" if shape == "1b" else shape,
-        **idle(events),
+        **idle(whole_steps(events)),
         "device": device_name(mesh.devices.flat[0]),
         "versions": versions("jaxalign", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin"),
     }
 
 
-def device_events(profile: Any) -> list[tuple[float, float, str]]:
-    """(start, end, program) of all that a GPU did, in seconds, from jax.profiler.ProfileData."""
+Event = tuple[float, float, str]
+
+
+def device_events(profile: Any, platform: str) -> list[Event]:
+    """(start, end, program) of all that the device did, in seconds, from jax.profiler.ProfileData."""
     events = []
     for plane in profile.planes:
-        if not plane.name.startswith("/device:GPU"):
+        if not plane.name.startswith("/host:CPU" if platform == "cpu" else "/device:GPU"):
             continue
         for line in plane.lines:
-            if not line.name.startswith("Stream"):  # other lines show the same work again, by step and by program
+            # A GPU's other lines show the same work again, by step and by program.
+            if platform != "cpu" and not line.name.startswith("Stream"):
                 continue
             for event in line.events:
-                stats = dict(event.stats)
-                start = event.start_ns * 1e-9
-                events.append((start, start + event.duration_ns * 1e-9, str(stats.get("hlo_module", ""))))
+                program = dict(event.stats).get("hlo_module")
+                if program is not None or platform != "cpu":  # on a GPU also copies, which belong to no program
+                    start = event.start_ns * 1e-9
+                    events.append((start, start + event.duration_ns * 1e-9, str(program or "copies")))
     return sorted(events)
 
 
-def idle(events: Sequence[tuple[float, float, str]]) -> dict[str, Any]:
-    """Where nothing ran between the first and the last event: shares of the time, within and between programs.
+def whole_steps(events: Sequence[Event]) -> list[Event]:
+    """Events from the second run on of the program that works longest: when the trace began, the device had to wait.
+
+    Raises:
+      ValueError: there are not three runs of one program.
+    """
+    seconds: dict[str, float] = {}
+    for start, end, program in events:
+        seconds[program] = seconds.get(program, 0.0) + end - start
+    longest = max(seconds, key=seconds.__getitem__, default=None)
+    names = [None, *(program for _, _, program in events if program != "copies")]
+    work = [event for event in events if event[2] != "copies"]
+    begins = [event for event, before in zip(work, names, strict=False) if event[2] == longest != before]
+    if len(begins) < 3:
+        raise ValueError(f"the trace holds {len(events)} events of {sorted(seconds)}, expected three steps or more")
+    return list(events[events.index(begins[1]) :])
+
+
+def idle(events: Sequence[Event]) -> dict[str, float]:
+    """Where nothing ran between the first and the last event, as shares of that time, all in all and between programs.
 
     Returns:
-      seconds (from first to last), idle_share, between_programs_share, longest_gap_ms; all 0 without events.
+      seconds (from first to last), idle_share, between_programs_share, longest_gap_ms.
     """
-    if not events:
-        return {"seconds": 0.0, "idle_share": 0.0, "between_programs_share": 0.0, "longest_gap_ms": 0.0}
     begin, busy_until, program = events[0]
     gaps, between = [0.0], 0.0
     for start, end, other in events:
@@ -616,8 +637,14 @@ class Results:
     def __init__(self, path: Path):
         self.path = path
         self.data: dict[str, Any] = {"card": None, "rows": {}, "packing": {}, "profile": {}}
+        self.failed: dict[str, str] = {}
         if path.exists():
             self.data = json.loads(path.read_text())
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Something could not be measured; the rest goes on, as a lent card does not wait."""
+        self.failed[what] = str(error)
+        print(f"{what} failed: {error}", file=sys.stderr, flush=True)
 
     def add(self, found: dict[str, Any]) -> dict[str, Any]:
         """`found` with its date and the command; the card's name is taken from it or compared with it."""
@@ -650,22 +677,25 @@ def measure(case: Case, rounds: int, results: Results, python: str, args: argpar
         settings = [*settings, *(f"{setting}/compile" for setting in settings)]
     for setting in settings:
         entry = row.setdefault(setting, {"rounds": []})
-        if "out_of_memory" in entry:
+        if "out_of_memory" in entry or f"{case.key} {setting}" in results.failed:
             continue
         if len(entry["rounds"]) >= rounds:
             if args.tune:
                 continue
             return False
         job = {"kind": "row", "case": dataclasses.asdict(case), "setting": setting, "steps": args.warmup + args.steps}
-        found = results.add(start(job, python, platform=args.platform))
-        if "out_of_memory" in found:
-            row[setting] = found
-            print(f"{case.key:24} {setting:18} does not fit: {found['out_of_memory'][:100]}", flush=True)
-        else:
-            check(case, found, results)
-            entry["rounds"].append({**found, "warmup": args.warmup})
-            seconds = statistics.median(found["seconds"][args.warmup :])
-            print(f"{case.key:24} {setting:18} {seconds:8.4f} s/step", flush=True)
+        try:
+            found = results.add(start(job, python, platform=args.platform))
+            if "out_of_memory" in found:
+                row[setting] = found
+                print(f"{case.key:24} {setting:18} does not fit: {found['out_of_memory'][:100]}", flush=True)
+            else:
+                check(case, found, results)
+                entry["rounds"].append({**found, "warmup": args.warmup})
+                seconds = statistics.median(found["seconds"][args.warmup :])
+                print(f"{case.key:24} {setting:18} {seconds:8.4f} s/step", flush=True)
+        except RuntimeError as error:
+            results.fail(f"{case.key} {setting}", error)
         results.save()
         return True
     return False
@@ -695,11 +725,15 @@ def jobs(results: Results, args: argparse.Namespace) -> Iterable[Callable[[], bo
                     yield lambda case=case, n=rounds: measure(case, n, results, pythons[case.system], args)
 
     def once(kind: str, name: str, job: dict[str, Any]) -> bool:
-        if name in results.data[kind]:
+        if name in results.data[kind] or f"{kind}/{name}" in results.failed:
             return False
-        results.data[kind][name] = results.add(start({"kind": kind, **job}, sys.executable, platform=args.platform))
+        try:
+            found = results.add(start({"kind": kind, **job}, sys.executable, platform=args.platform))
+            results.data[kind][name] = found
+            print(f"{kind}/{name} done", flush=True)
+        except RuntimeError as error:
+            results.fail(f"{kind}/{name}", error)
         results.save()
-        print(f"{kind}/{name} done", flush=True)
         return True
 
     packed, profiled = ("tiny", "tiny") if args.shapes == "tiny" else ("8b", "1b")
@@ -794,7 +828,7 @@ def render(path: Path) -> str:
 
 
 def parse_settings(text: str) -> dict[str, list[str]]:
-    """"jaxalign=full/1,full/2;trl=none/1" -> {"jaxalign": [...], "trl": [...]}."""
+    """From jaxalign=full/1,full/2;trl=none/1 to {"jaxalign": [...], "trl": [...]}."""
     parts = (part.split("=", 1) for part in text.split(";") if part)
     return {name: values.split(",") for name, values in parts}
 
@@ -839,6 +873,8 @@ def main() -> None:
         print(render(path))
     over = time.monotonic() - began >= 60 * args.minutes
     print(f"{done} processes; " + ("the time was over: the same command goes on" if over else "nothing is left"))
+    if results.failed:
+        sys.exit(f"failed: {', '.join(results.failed)}")
 
 
 def card_name() -> str:

@@ -1,6 +1,8 @@
-"""Every test runs on eight pretended CPU devices and never on the network."""
+"""Tests run on eight pretended CPU devices (`pytest -m gpu`: on the GPUs that are there) and never on the network."""
 
 import os
+
+import pytest
 
 PRETENDED = (
     # Tests spend their time in compilations: without LLVM's optimisations those take half of it.
@@ -10,9 +12,26 @@ PRETENDED = (
 )
 
 # Threads of XLA's pool. With one a core, devices that wait in a collective leave none to those that they wait for.
-os.environ.setdefault("NPROC", "64")
-os.environ["JAX_PLATFORMS"] = os.environ.get("JAXALIGN_TEST_PLATFORM", "cpu")
-os.environ["HF_HUB_OFFLINE"] = "1"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    flags = ("--xla_force_host_platform_device_count=8", *PRETENDED)
-    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
+THREADS = "64"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything imports JAX."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if config.getoption("markexpr") == "gpu":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the card
+        return
+    os.environ.setdefault("NPROC", THREADS)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        flags = ("--xla_force_host_platform_device_count=8", *PRETENDED)
+        os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` need one."""
+    if item.get_closest_marker("gpu"):
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.skip("needs a GPU")

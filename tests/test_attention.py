@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxalign import models, sharding
+from jaxalign import build, models, reference, sharding
+from jaxalign import config as config_lib
 from jaxalign.models import attention, decoder, embedding, flash
 
 CFG = models.config_from_hf(
@@ -162,7 +163,13 @@ def test_the_platform_of_the_mesh_decides(gpu):
     assert attention.choose(BF16, mesh_of("cpu")) == ("xla", "there is no kernel for cpu")
     assert attention.choose(BF16, sharding.make_mesh(data=-1))[0] == attention.choose(BF16)[0] == "xla"
     assert attention.choose(dataclasses.replace(BF16, attention="xla"), mesh_of("tpu"))[0] == "xla"
-    assert "bias" in attention.choose(BF16, mesh_of("gpu"), packed=True)[1]
+
+
+def test_packed_rows_on_gpu_are_xlas_unless_cudnn_is_asked_for(gpu):
+    name, reason = attention.choose(BF16, mesh_of("gpu"), packed=True)
+    assert name == "xla" and "no segment ids" in reason
+    assert attention.choose(dataclasses.replace(BF16, attention="cudnn"), mesh_of("gpu"), packed=True)[0] == "cudnn"
+    assert attention.choose(BF16, mesh_of("tpu"), packed=True)[0] == "splash"
 
 
 def test_calls_that_no_kernel_knows_are_xlas():
@@ -209,6 +216,21 @@ def test_a_choice_is_logged_once(caplog):
     assert caplog.messages == ["attention: xla, because the test says so"]
 
 
+def test_the_key_reaches_the_model_and_no_config_json_or_reference(tmp_path):
+    config = config_lib.base()
+    config.model.random = {"model_type": "llama"}
+    config.model.attention = "splash"
+    cfg = build.model_config(config, path=None, platform="tpu")
+    auto = dataclasses.replace(cfg, attention="auto")
+    assert cfg.attention == "splash" and models.config_to_hf(cfg) == models.config_to_hf(auto)
+    assert models.declare(cfg) == models.declare(auto)  # whatever the devices are
+    prepared = types.SimpleNamespace(fingerprint="f", meta={"max_length": 8})
+    files = {reference.cache_file(tmp_path, model="m", prepared=prepared, cfg=c) for c in (cfg, auto)}
+    assert len(files) == 1
+    choices = config_lib.BY_NAME["model.attention"].choices
+    assert set(choices) == {"auto", "xla", *flash.KERNELS} and set(attention.KERNEL_OF.values()) == set(flash.KERNELS)
+
+
 # cuDNN: what it is asked for, computed by the same function's XLA implementation
 
 
@@ -243,7 +265,8 @@ def test_cudnn_equals_xla_on_a_gpu(window, segments):
 # The sequence axis
 
 
-def test_time_is_exchanged_for_heads_and_never_gathered():
+@pytest.mark.parametrize("name", ["xla", "splash"])
+def test_time_is_exchanged_for_heads_and_never_gathered(interpreted, name):
     """q, k and v go to heads and the output comes back, by all-to-all; nothing else of a whole row is assembled."""
     cfg = dataclasses.replace(CFG, num_hidden_layers=1, sliding_windows=(None,))
     mesh = sharding.make_mesh(fsdp=2, sequence=2, devices=jax.devices()[:4])
@@ -252,13 +275,14 @@ def test_time_is_exchanged_for_heads_and_never_gathered():
         params = models.abstract(cfg, np.float32, sharding.param_shardings(mesh, models.declare(cfg)))
         x = jax.ShapeDtypeStruct((4, time, 64), jnp.float32, sharding=sharding.row_sharding(mesh))
         weights = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), params["layers"])["self_attn"]
-        mask = attention.attention_mask(attention.distance(time, time))
+        seen = (attention.attention_mask(attention.distance(time, time)), None) if name == "xla" else None
+        window = None if name == "xla" else 0  # for a kernel, which of the model's windows
         rope = (jnp.ones((4, time, 16 // 2)),) * 2
 
         def attend(weights, x):
             x = decoder._activation(x)
-            module = decoder.Attention(dataclasses.replace(cfg, attention="xla"))
-            out, _ = module.apply({"params": weights}, x, rope, (mask, None), None, 0, None, None)
+            module = decoder.Attention(dataclasses.replace(cfg, attention=name))
+            out, _ = module.apply({"params": weights}, x, rope, seen, None, 0, None, window)
             return decoder._activation(out)
 
         text = jax.jit(attend).lower(weights, x).compile().as_text()
@@ -278,15 +302,15 @@ def test_weights_are_split_over_the_sequence_axis_too():
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "sequence": 2}], ids=str)
 def test_a_look_up_in_parts_equals_a_whole_one(monkeypatch, sizes):
     rng = np.random.default_rng(0)
-    table, tokens = rng.normal(size=(64, 16)).astype(np.float32), rng.integers(0, 64, (8, 12)).astype(np.int32)
-    cotangent = rng.normal(size=(8, 12, 16)).astype(np.float32)
+    table, tokens = rng.normal(size=(64, 16)).astype(np.float32), rng.integers(0, 64, (8, 14)).astype(np.int32)
+    cotangent = rng.normal(size=(8, 14, 16)).astype(np.float32)
 
     def both(table):
         found, back = jax.vjp(lambda table: embedding.lookup(table, tokens, jnp.float32), table)
         return found, *back(cotangent)
 
     want = both(jnp.asarray(table))
-    monkeypatch.setattr(embedding, "GROUP_BYTES", 8 * 4 * 16 * 4)
+    monkeypatch.setattr(embedding, "GROUP_BYTES", 8 * 5 * 16 * 4)  # three parts, the last one shorter
     with sharding.use_mesh(sharding.make_mesh(**sizes)):
         lowered = jax.jit(both).lower(table)
         assert "while" in lowered.as_text()

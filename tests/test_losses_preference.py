@@ -1,4 +1,4 @@
-"""Preference losses: by hand, against plain numpy and TRL, and as functions to batch, jit and differentiate."""
+"""Losses of pairs: by hand, against plain numpy and TRL, and as functions to batch, jit and differentiate."""
 
 import math
 from functools import partial
@@ -7,29 +7,76 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import FAMILIES, case
+from common import case
 from jax.test_util import check_grads
 
+from jaxalign import losses
 from jaxalign.losses import LOSSES, Preference
 
 LN2 = math.log(2)
+FORWARD_KL = {"f_divergence_type": "forward_kl"}
+ALPHA = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.8}
 
 # Every loss with its defaults and with each option away from its default, so that an ignored option fails.
 VARIANTS = [
     ("sigmoid", {"beta": 0.1}),
     ("sigmoid", {"beta": 0.35, "label_smoothing": 0.2}),
+    ("sigmoid", {"beta": 0.2, **FORWARD_KL}),
+    ("sigmoid", {"beta": 0.2, "f_divergence_type": "js_divergence"}),
+    ("sigmoid", {"beta": 0.2, **ALPHA}),
     ("hinge", {"beta": 0.1}),
     ("hinge", {"beta": 0.02}),
+    ("hinge", {"beta": 0.02, **ALPHA}),
     ("ipo", {"beta": 0.1}),
     ("ipo", {"beta": 0.4, "length_normalize": False}),
+    ("ipo", {"beta": 0.4, **ALPHA}),
     ("robust", {"beta": 0.1}),
     ("robust", {"beta": 0.3, "label_smoothing": 0.1}),
+    ("robust", {"beta": 0.3, **ALPHA}),
     ("sigmoid_norm", {"beta": 0.1}),
     ("sigmoid_norm", {"beta": 5.0}),
+    ("sigmoid_norm", {"beta": 5.0, **ALPHA}),
+    ("exo_pair", {"beta": 0.1}),
+    ("exo_pair", {"beta": 0.3, "label_smoothing": 0.2}),
+    ("exo_pair", {"beta": 0.3, **ALPHA}),
+    ("discopop", {"beta": 0.1}),
+    ("discopop", {"beta": 0.3, "discopop_tau": 0.7}),
+    ("discopop", {"beta": 0.1, **ALPHA}),
+    ("nca_pair", {"beta": 0.1}),
+    ("nca_pair", {"beta": 0.4}),
+    ("bco_pair", {"beta": 0.1}),
+    ("bco_pair", {"beta": 0.4}),
+    ("sppo_hard", {"beta": 0.1}),
+    ("sppo_hard", {"beta": 0.4}),
+    ("apo_zero", {"beta": 0.1}),
+    ("apo_zero", {"beta": 0.4}),
+    ("apo_down", {"beta": 0.1}),
+    ("apo_down", {"beta": 0.4}),
+    ("orpo", {"beta": 0.1}),
+    ("orpo", {"beta": 0.4}),
+    ("simpo", {"beta": 2.0}),
+    ("simpo", {"beta": 2.5, "gamma_beta_ratio": 0.1, "label_smoothing": 0.2, "alpha": 0.25}),
+    ("cpo", {"beta": 0.1}),
+    ("cpo", {"beta": 0.3, "label_smoothing": 0.2, "alpha": -0.02}),
+    ("cpo_hinge", {"beta": 0.1}),
+    ("cpo_hinge", {"beta": 0.03, "alpha": 0.01}),
+    ("cpo_ipo", {"beta": 0.1}),
+    ("cpo_ipo", {"beta": 0.4, "alpha": 0.25}),
 ]
-each_variant = pytest.mark.parametrize(
-    ("name", "options"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(f"{k}{x}" for k, x in v.items())
-)
+COUPLED = [
+    ("aot", {"beta": 0.1}),
+    ("aot", {"beta": 0.3, "label_smoothing": 0.2}),
+    ("aot_unpaired", {"beta": 0.1}),
+    ("aot_unpaired", {"beta": 0.3, "label_smoothing": 0.2}),
+]
+
+
+def each(variants):
+    names = lambda v: v if isinstance(v, str) else "-".join(f"{k}{x}" for k, x in v.items())  # noqa: E731
+    return pytest.mark.parametrize(("name", "options"), variants, ids=names)
+
+
+each_variant, each_of_all = each(VARIANTS), each(VARIANTS + COUPLED)
 
 
 def pairs(n=7, seed=0):
@@ -42,69 +89,176 @@ def pairs(n=7, seed=0):
 
 
 def bound(name, tokens, **options):
-    """The loss with its keywords given: a function of the four log-probs."""
+    """The loss with its keywords given: a function of the four log-probs, whether it looks at all of them or not."""
     loss = LOSSES[name]
-    return partial(loss.function, **(tokens if loss.takes_tokens else {}), **options)
+    function = partial(loss.function, **(tokens if loss.takes_tokens else {}), **options)
+    return (
+        function
+        if loss.needs_reference
+        else lambda policy_chosen, policy_rejected, *_: function(policy_chosen, policy_rejected)
+    )
 
 
-def oracle(name, logps, tokens, beta, label_smoothing=0.0, length_normalize=True):
-    """The formulas in float64 numpy, one pair at a time."""
-
-    def log_sigmoid(x):
-        return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
-
-    losses = []
-    for pc, pr, rc, rr, nc, nr in zip(*logps, *tokens.values(), strict=True):
-        c, r = float(pc) - float(rc), float(pr) - float(rr)
-        up, down = log_sigmoid(beta * (c - r)), log_sigmoid(-beta * (c - r))
-        averages = c / nc - r / nr
-        losses.append(
-            {
-                "sigmoid": -(1 - label_smoothing) * up - label_smoothing * down,
-                "hinge": max(0.0, 1 - beta * (c - r)),
-                "ipo": ((averages if length_normalize else c - r) - 1 / (2 * beta)) ** 2,
-                "robust": (-(1 - label_smoothing) * up + label_smoothing * down) / (1 - 2 * label_smoothing),
-                "sigmoid_norm": -log_sigmoid(beta * averages),
-            }[name]
-        )
-    return np.array(losses)
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "expected"),
-    [
-        # c = -10 - -14 = 4 nats over 2 tokens, r = -9 - -6 = -3 nats over 3 tokens; d = 7, averages 2 and -1.
-        ("sigmoid", {"beta": 1 / 7}, math.log(1 + math.exp(-1))),
-        ("sigmoid", {"beta": 1 / 7, "label_smoothing": 0.25}, math.log(1 + math.exp(-1)) + 0.25),
-        ("hinge", {"beta": 0.1}, 0.3),
-        ("hinge", {"beta": 0.2}, 0.0),
-        ("ipo", {"beta": 0.1}, 4.0),
-        ("ipo", {"beta": 0.1, "length_normalize": False}, 4.0),
-        ("ipo", {"beta": 0.25, "length_normalize": False}, 25.0),
-        ("robust", {"beta": 1 / 7, "label_smoothing": 0.25}, math.log(1 + math.exp(-1)) - 0.5),
-        ("sigmoid_norm", {"beta": 1 / 3}, math.log(1 + math.exp(-1))),
-    ],
-)
+def sigmoid(x):
+    return math.exp(log_sigmoid(x))
+
+
+def smoothed(x, label_smoothing):
+    return -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
+
+
+def oracle(name, logps, tokens, beta, **options):
+    """The formulas of the papers in float64, one pair at a time."""
+    return np.array(
+        [one(name, *map(float, pair), beta=beta, **options) for pair in zip(*logps, *tokens.values(), strict=True)]
+    )
+
+
+def one(
+    name, pc, pr, rc, rr, nc, nr, *, beta, label_smoothing=None, length_normalize=True, discopop_tau=0.05,
+    f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5, gamma_beta_ratio=0.5, alpha=0.0,
+):  # fmt: skip
+    smoothing = label_smoothing or 0.0
+    c, r = pc - rc, pr - rr
+    # f'(u) of the divergence, u = policy / reference; log u for the reverse KL
+    derivative = {
+        "reverse_kl": math.log,
+        "forward_kl": lambda u: 1 - 1 / u,
+        "js_divergence": lambda u: math.log(2 * u / (1 + u)),
+        "alpha_divergence": lambda u: (u ** (f_alpha_divergence_coef - 1) - 1) / (f_alpha_divergence_coef - 1),
+    }[f_divergence_type]
+    fc, fr = derivative(math.exp(c)), derivative(math.exp(r))
+    x = beta * (fc - fr)
+    averages = fc / nc - fr / nr
+    reward = lambda q: q if alpha == 0 else (1 - math.exp(q) ** -alpha) / alpha  # noqa: E731
+    qc, qr = pc / nc, pr / nr
+    odds = lambda q: math.exp(q) / (1 - math.exp(q))  # noqa: E731
+    epsilon = 1e-3 if label_smoothing is None else label_smoothing
+    mixture = sigmoid(x / discopop_tau)
+    return {
+        "sigmoid": lambda: smoothed(x, smoothing),
+        "hinge": lambda: max(0.0, 1 - x),
+        "ipo": lambda: ((averages if length_normalize else fc - fr) - 1 / (2 * beta)) ** 2,
+        "robust": lambda: (-(1 - smoothing) * log_sigmoid(x) + smoothing * log_sigmoid(-x)) / (1 - 2 * smoothing),
+        "sigmoid_norm": lambda: -log_sigmoid(beta * averages),
+        "exo_pair": lambda: (
+            sigmoid(x) * math.log(sigmoid(x) / (1 - epsilon)) + sigmoid(-x) * math.log(sigmoid(-x) / epsilon)
+        ),
+        "discopop": lambda: -(1 - mixture) * log_sigmoid(x) + mixture * math.exp(-x),
+        "nca_pair": lambda: -log_sigmoid(beta * c) - 0.5 * log_sigmoid(-beta * c) - 0.5 * log_sigmoid(-beta * r),
+        "bco_pair": lambda: -log_sigmoid(beta * c) - log_sigmoid(-beta * r),
+        "sppo_hard": lambda: (c - 1 / (2 * beta)) ** 2 + (r + 1 / (2 * beta)) ** 2,
+        "apo_zero": lambda: 1 - sigmoid(beta * c) + sigmoid(beta * r),
+        "apo_down": lambda: sigmoid(beta * c) + 1 - sigmoid(beta * (c - r)),
+        "orpo": lambda: -beta * log_sigmoid(math.log(odds(qc) / odds(qr))),
+        "simpo": lambda: smoothed(beta * (reward(qc) - reward(qr)) - beta * gamma_beta_ratio, smoothing),
+        "cpo": lambda: smoothed(beta * (reward(pc) - reward(pr)), smoothing),
+        "cpo_hinge": lambda: max(0.0, 1 - beta * (reward(pc) - reward(pr))),
+        "cpo_ipo": lambda: (reward(qc) - reward(qr) - 1 / (2 * beta)) ** 2,
+    }[name]()
+
+
+# c = -10 - -14 = 4 nats over 2 tokens, r = -9 - -6 = -3 nats over 3 tokens; d = 7, averages 2 and -1.
+BY_HAND = [
+    ("sigmoid", {"beta": 1 / 7}, math.log(1 + math.exp(-1))),
+    ("sigmoid", {"beta": 1 / 7, "label_smoothing": 0.25}, math.log(1 + math.exp(-1)) + 0.25),
+    ("sigmoid", {"beta": 0.05, **FORWARD_KL}, math.log(1 + math.exp(-0.05 * (math.exp(3) - math.exp(-4))))),
+    ("hinge", {"beta": 0.1}, 0.3),
+    ("hinge", {"beta": 0.2}, 0.0),
+    ("ipo", {"beta": 0.1}, 4.0),
+    ("ipo", {"beta": 0.1, "length_normalize": False}, 4.0),
+    ("ipo", {"beta": 0.25, "length_normalize": False}, 25.0),
+    ("robust", {"beta": 1 / 7, "label_smoothing": 0.25}, math.log(1 + math.exp(-1)) - 0.5),
+    ("sigmoid_norm", {"beta": 1 / 3}, math.log(1 + math.exp(-1))),
+    # p = s(log 3) = 3/4 against the label 3/4
+    ("exo_pair", {"beta": math.log(3) / 7, "label_smoothing": 0.25}, 0.0),
+    # m = s(1) = 0.731059, log s(1) = -0.313262, exp(-1) = 0.367879
+    ("discopop", {"beta": 1 / 7, "discopop_tau": 1.0}, 0.268941 * 0.313262 + 0.731059 * 0.367879),
+    # log s(1) = -0.313262, log s(-1) = -1.313262, log s(0.75) = -0.386871
+    ("nca_pair", {"beta": 0.25}, 0.313262 + 1.313262 / 2 + 0.386871 / 2),
+    ("bco_pair", {"beta": 0.25}, 0.313262 + 0.386871),
+    ("sppo_hard", {"beta": 0.25}, 4 + 1),
+    # s(1) = 0.731059, s(-0.75) = 0.320821, s(1.75) = 0.851953
+    ("apo_zero", {"beta": 0.25}, 1 - 0.731059 + 0.320821),
+    ("apo_down", {"beta": 0.25}, 0.731059 + 1 - 0.851953),
+    ("aot", {"beta": 1 / 7}, math.log(1 + math.exp(-1))),
+    ("aot_unpaired", {"beta": 1 / 7}, math.log(1 + math.exp(-1))),
+    # averages of the policy: -5 and -3 nats a token
+    ("simpo", {"beta": 0.5, "gamma_beta_ratio": 2.0}, math.log(1 + math.exp(2))),
+    ("simpo", {"beta": 0.5, "gamma_beta_ratio": 0.0, "alpha": -1.0},
+     -math.log(sigmoid((math.exp(-5) - math.exp(-3)) / 2))),
+    ("cpo", {"beta": 1.0}, math.log(1 + math.exp(1))),
+    ("cpo_hinge", {"beta": 0.5}, 1.5),
+    ("cpo_ipo", {"beta": 0.25}, 16.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "expected"), BY_HAND)
 def test_equals_a_hand_computed_number(name, options, expected):
     logps = [jnp.array([x]) for x in (-10.0, -9.0, -14.0, -6.0)]
     tokens = {"chosen_tokens": jnp.array([2]), "rejected_tokens": jnp.array([3])}
     losses, logged = bound(name, tokens, **options)(*logps)
-    np.testing.assert_allclose(losses, [expected], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(logged["rewards/chosen"], [4 * options["beta"]], rtol=1e-6)
-    np.testing.assert_allclose(logged["rewards/rejected"], [-3 * options["beta"]], rtol=1e-6)
+    np.testing.assert_allclose(losses, [expected], rtol=1e-5, atol=2e-7)
+    if LOSSES[name].needs_reference:
+        c, r = 4, -3
+    elif LOSSES[name].takes_tokens:
+        c, r = (-5, -3) if not options.get("alpha") else (math.exp(-5) - 1, math.exp(-3) - 1)
+    else:
+        c, r = -10, -9
+    np.testing.assert_allclose(logged["rewards/chosen"], [c * options["beta"]], rtol=1e-6)
+    np.testing.assert_allclose(logged["rewards/rejected"], [r * options["beta"]], rtol=1e-6)
+
+
+def test_the_odds_ratio_by_hand():
+    # probabilities 1/2 and 1/4 a token: odds 1 and 1/3, their ratio 3, s(log 3) = 3/4
+    logps = [jnp.array([2 * math.log(0.5)]), jnp.array([3 * math.log(0.25)])]
+    tokens = {"chosen_tokens": jnp.array([2]), "rejected_tokens": jnp.array([3])}
+    losses, logged = LOSSES["orpo"].function(*logps, **tokens, beta=0.5)
+    np.testing.assert_allclose(losses, [-0.5 * math.log(0.75)], rtol=1e-6)
+    np.testing.assert_allclose(logged["log_odds_chosen"], [math.log(3)], rtol=1e-6)
+    np.testing.assert_allclose(logged["log_odds_ratio"], [math.log(0.75)], rtol=1e-6)
+    np.testing.assert_allclose(logged["logps/rejected"], [math.log(0.25)], rtol=1e-6)
+    np.testing.assert_allclose(logged["rewards/chosen"], [math.log(0.5) / 2], rtol=1e-6)
 
 
 @each_variant
 def test_equals_plain_numpy(name, options):
     logps, tokens = pairs(64)
-    losses, _ = bound(name, tokens, **options)(*logps)
+    losses, logged = bound(name, tokens, **options)(*logps)
     assert losses.shape == (64,) and losses.dtype == jnp.float32
-    np.testing.assert_allclose(losses, oracle(name, logps, tokens, **options), rtol=2e-5, atol=1e-6)
+    assert all(x.shape == (64,) and x.dtype == jnp.float32 for x in logged.values())
+    np.testing.assert_allclose(losses, oracle(name, logps, tokens, **options), rtol=1e-4, atol=2e-6)
+
+
+def aot_oracle(name, logps, beta, label_smoothing=0.0):
+    """The mean loss, by sorted lists."""
+    pc, pr, rc, rr = (np.asarray(x, np.float64) for x in logps)
+    upper, lower = (pc - pr, rc - rr) if name == "aot" else (pc - rc, pr - rr)
+    ranked = zip(sorted(upper), sorted(lower), strict=True)
+    return np.mean([smoothed(beta * (x - y), label_smoothing) for x, y in ranked])
+
+
+@each(COUPLED)
+def test_a_loss_of_distributions_equals_plain_numpy_and_is_not_that_of_single_pairs(name, options):
+    logps, _ = pairs(33)
+    losses, logged = bound(name, {}, **options)(*logps)
+    np.testing.assert_allclose(losses.mean(), aot_oracle(name, logps, **options), rtol=1e-5)
+    alone = np.mean([bound(name, {}, **options)(*(x[i : i + 1] for x in logps))[0] for i in range(33)])
+    assert abs(losses.mean() - alone) > 1e-3
+    # Each loss is said at the pair that it is about, wherever that stands.
+    order = np.random.default_rng(1).permutation(33)
+    np.testing.assert_allclose(bound(name, {}, **options)(*(x[order] for x in logps))[0], losses[order], rtol=1e-6)
+    np.testing.assert_allclose(logged["rewards/chosen"], options["beta"] * (logps[0] - logps[2]), rtol=1e-5)
 
 
 def test_variants_set_every_option_of_every_loss():
     for name, loss in LOSSES.items():
-        assert set(loss.options) == {key for variant, options in VARIANTS if variant == name for key in options}
+        mine = [options for variant, options in VARIANTS + COUPLED if variant == name]
+        assert set(loss.keywords(loss.options)) == {key for options in mine for key in options}
 
 
 @each_variant
@@ -113,18 +267,19 @@ def test_batch_equals_single_pairs(name, options):
     together, _ = bound(name, tokens, **options)(*logps)
     for i in range(5):
         alone, _ = bound(name, {k: v[i : i + 1] for k, v in tokens.items()}, **options)(*(x[i : i + 1] for x in logps))
-        np.testing.assert_allclose(alone[0], together[i], rtol=1e-6)
+        np.testing.assert_allclose(alone[0], together[i], rtol=1e-5, atol=1e-6)
 
 
-@each_variant
+@each_of_all
 def test_weight_zero_on_a_filler_pair_equals_slicing_it_away(name, options):
     logps, tokens = pairs(4)
-    filled = [np.append(x, np.float32(0)) for x in logps]
-    filled_tokens = {k: np.append(v, 0) for k, v in tokens.items()}
-    weights = np.array([1, 1, 1, 1, 0], np.float32)
+    filled = [np.insert(x, 2, np.float32(0)) for x in logps]
+    filled_tokens = {k: np.insert(v, 2, 0) for k, v in tokens.items()}
+    weights = np.array([1, 1, 0, 1, 1], np.float32)
+    valid = {"valid": weights > 0} if LOSSES[name].couples else {}
 
     def with_filler(*logps):
-        return jnp.sum(bound(name, filled_tokens, **options)(*logps)[0] * weights) / weights.sum()
+        return jnp.sum(bound(name, filled_tokens, **options, **valid)(*logps)[0] * weights) / weights.sum()
 
     def sliced(*logps):
         return jnp.mean(bound(name, tokens, **options)(*logps)[0])
@@ -133,32 +288,31 @@ def test_weight_zero_on_a_filler_pair_equals_slicing_it_away(name, options):
     expected, expected_gradients = jax.value_and_grad(sliced, (0, 1))(*logps)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     for gradient, want in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(gradient[:4], want, rtol=1e-5, atol=1e-7)
-        assert gradient[4] == 0
+        np.testing.assert_allclose(np.delete(gradient, 2), want, rtol=1e-5, atol=1e-7)
+        assert gradient[2] == 0
 
 
-@each_variant
+@each_of_all
 def test_gradient_equals_finite_differences(name, options):
     logps, tokens = pairs(6, seed=3)
 
     def losses(policy_chosen, policy_rejected):
         return bound(name, tokens, **options)(policy_chosen, policy_rejected, *logps[2:])[0]
 
-    # d of these pairs is away from hinge's kink at 1 / beta.
-    assert np.abs(1 - options["beta"] * (logps[0] - logps[2] - logps[1] + logps[3])).min() > 0.01
+    step = 0.002 if "f_divergence_type" in options else 0.05  # exponentials of log-ratios bend more
     check_grads(
-        losses, tuple(map(jnp.asarray, logps[:2])), order=1, modes=("fwd", "rev"), eps=0.05, atol=0.05, rtol=0.03
+        losses, tuple(map(jnp.asarray, logps[:2])), order=1, modes=("fwd", "rev"), eps=step, atol=0.05, rtol=0.03
     )
 
 
-@each_variant
+@each_of_all
 def test_no_gradient_reaches_the_reference(name, options):
     logps, tokens = pairs()
     gradients = jax.grad(lambda *x: bound(name, tokens, **options)(*x)[0].sum(), (0, 1, 2, 3))(*logps)
     assert all(np.any(g != 0) for g in gradients[:2]) and not any(np.any(g != 0) for g in gradients[2:])
 
 
-@each_variant
+@each_of_all
 @pytest.mark.parametrize("count", [0, 1, 4096])
 def test_values_and_gradients_are_finite_at_extreme_log_probs_and_without_tokens(name, options, count):
     corners = np.array([(a, b) for a in (-1e4, 0, 1e4) for b in (-1e4, 0, 1e4)], np.float32)
@@ -173,20 +327,22 @@ def test_values_and_gradients_are_finite_at_extreme_log_probs_and_without_tokens
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((gradients, losses, logged)))
 
 
-@each_variant
+@each_of_all
 def test_jit_equals_no_jit(name, options):
     logps, tokens = pairs()
     function = bound(name, tokens, **options)
     for compiled, eager in zip(
         jax.tree.leaves(jax.jit(function)(*logps)), jax.tree.leaves(function(*logps)), strict=True
     ):
-        np.testing.assert_allclose(compiled, eager, rtol=2e-6, atol=1e-6)
+        np.testing.assert_allclose(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
 def test_beta_may_be_a_traced_array():
-    logps, _ = pairs()
-    by_array = jax.jit(lambda beta: LOSSES["sigmoid"].function(*logps, beta=beta)[0])(jnp.float32(0.3))
-    np.testing.assert_allclose(by_array, LOSSES["sigmoid"].function(*logps, beta=0.3)[0], rtol=1e-6)
+    logps, tokens = pairs()
+    for name, loss in LOSSES.items():
+        by_array = jax.jit(lambda beta, name=name: bound(name, tokens, beta=beta)(*logps)[0])(jnp.float32(0.3))
+        np.testing.assert_allclose(by_array, bound(name, tokens, beta=0.3)(*logps)[0], rtol=1e-5, atol=1e-6)
+        assert "beta" in loss.options
 
 
 def test_half_precision_log_probs_are_differenced_in_float32():
@@ -204,43 +360,99 @@ def test_label_smoothing_of_robust_is_unbiased_over_swapped_labels():
     np.testing.assert_allclose(mean, clean, rtol=1e-5)
 
 
+def test_alpha_divergence_has_the_kl_divergences_as_limits():
+    logps, _ = pairs()
+    plain, forward = (losses.dpo(*logps, f_divergence_type=name)[0] for name in ("reverse_kl", "forward_kl"))
+    divergence = partial(losses.dpo, *logps, f_divergence_type="alpha_divergence")
+    np.testing.assert_allclose(divergence(f_alpha_divergence_coef=1.0)[0], plain, rtol=1e-6)
+    np.testing.assert_allclose(divergence(f_alpha_divergence_coef=1.001)[0], plain, rtol=0.02)
+    np.testing.assert_allclose(divergence(f_alpha_divergence_coef=0.0)[0], forward, rtol=1e-6)
+
+
+def test_alpha_rewards_of_a_small_alpha_are_log_probs():
+    (pc, pr, *_), tokens = pairs()
+    small = LOSSES["simpo"].function(pc, pr, **tokens, alpha=1e-4)
+    for got, want in zip(
+        jax.tree.leaves(small), jax.tree.leaves(LOSSES["simpo"].function(pc, pr, **tokens)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
         ("sigmoid", {}, LN2),
         ("sigmoid", {"label_smoothing": 0.3}, LN2),
+        ("sigmoid", ALPHA, LN2),
         ("robust", {"label_smoothing": 0.3}, LN2),
         ("sigmoid_norm", {"beta": 5.0}, LN2),
         ("hinge", {"beta": 0.7}, 1.0),
         ("ipo", {"beta": 0.1}, 25.0),
         ("ipo", {"beta": 0.5, "length_normalize": False}, 1.0),
+        ("exo_pair", {"label_smoothing": 0.25}, math.log(2 / 3) / 2 + math.log(2) / 2),
+        ("discopop", {}, LN2 / 2 + 0.5),
+        ("nca_pair", {}, 2 * LN2),
+        ("bco_pair", {}, 2 * LN2),
+        ("sppo_hard", {"beta": 0.5}, 2.0),
+        ("apo_zero", {}, 1.0),
+        ("apo_down", {}, 1.0),
+        ("aot", {}, LN2),
+        ("aot_unpaired", {}, LN2),
     ],
 )
-def test_at_reference_is_the_loss_of_an_unmoved_policy(name, options, expected):
-    assert LOSSES[name].at_reference(**options) == pytest.approx(expected, rel=1e-6)
+def test_the_loss_of_an_unmoved_policy(name, options, expected):
+    zero = jnp.zeros(1)
+    tokens = {"chosen_tokens": zero, "rejected_tokens": zero}
+    assert float(bound(name, tokens, **options)(zero, zero, zero, zero)[0][0]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_is_known_of_a_loss_is_read_from_its_signature():
-    def loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, chosen_tokens, rejected_tokens, tau=0.5):
+    def loss(policy_chosen, policy_rejected, *, chosen_tokens, rejected_tokens, tau=0.5):
         return (policy_chosen - policy_rejected) * tau, {}
 
-    preference = Preference(loss)
-    assert preference.takes_tokens and preference.options == {"tau": 0.5}
-    assert not LOSSES["hinge"].takes_tokens and LOSSES["ipo"].options == {"beta": 0.1, "length_normalize": True}
+    preference = Preference(loss, nll=0.3)
+    assert preference.takes_tokens and not preference.needs_reference and not preference.couples
+    assert preference.options == {"tau": 0.5, "cpo_alpha": 0.3}
+    assert not LOSSES["hinge"].takes_tokens and LOSSES["hinge"].needs_reference
+    assert LOSSES["aot"].couples and "valid" not in LOSSES["aot"].options
+    assert LOSSES["nca_pair"].options == {"beta": 0.1, "ld_alpha": None, "use_weighting": False}
+    assert "use_weighting" not in LOSSES["aot_unpaired"].options and "cpo_alpha" not in LOSSES["orpo"].options
+
+
+def test_defaults_are_the_papers():
+    assert LOSSES["simpo"].options | {"label_smoothing": 0, "alpha": 0} == {
+        "beta": 2.0, "gamma_beta_ratio": 0.5, "label_smoothing": 0, "alpha": 0, "cpo_alpha": 0.0
+    }  # fmt: skip
+    assert LOSSES["cpo"].options["cpo_alpha"] == 1.0 and LOSSES["exo_pair"].options["label_smoothing"] == 1e-3
+    assert LOSSES["discopop"].options["discopop_tau"] == 0.05 and LOSSES["orpo"].options == {"beta": 0.1}
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("beta", [0, -0.1, float("nan"), float("inf")])
 def test_beta_out_of_range_is_refused(name, beta):
     with pytest.raises(ValueError, match=f"beta is {beta}, expected"):
-        LOSSES[name].at_reference(beta=beta)
+        LOSSES[name].check({"beta": beta})
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "robust"])
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if "label_smoothing" in loss.options])
 @pytest.mark.parametrize("label_smoothing", [-0.1, 0.5, 1.0])
 def test_label_smoothing_out_of_range_is_refused(name, label_smoothing):
     with pytest.raises(ValueError, match=f"label_smoothing is {label_smoothing}, expected"):
-        LOSSES[name].at_reference(label_smoothing=label_smoothing)
+        LOSSES[name].check({"label_smoothing": label_smoothing})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("exo_pair", {"label_smoothing": 0.0}, r"label_smoothing is 0, expected a probability in \(0, 0.5\)"),
+        ("discopop", {"discopop_tau": 0.0}, "discopop_tau is 0.0, expected"),
+        ("discopop", {"discopop_tau": 1.5}, "discopop_tau is 1.5, expected"),
+        ("sigmoid", {"f_divergence_type": "kl"}, "f_divergence_type is 'kl', expected one of reverse_kl"),
+    ],
+)
+def test_other_options_out_of_range_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        LOSSES[name].check(options)
 
 
 def test_golden_conservative_dpo_with_its_gradients():
@@ -257,21 +469,3 @@ def test_golden_conservative_dpo_with_its_gradients():
     for side, gradient in zip(("chosen", "rejected"), gradients, strict=True):
         np.testing.assert_allclose(logged[f"rewards/{side}"], arrays[f"out.rewards.{side}"], atol=1e-5)
         np.testing.assert_allclose(gradient, arrays[f"out.grad.policy_{side}_logps"], rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("golden", ["dpo_sigmoid", "dpo_ipo", "dpo_robust_ls0.1", "dpo_sigmoid_norm"])
-def test_golden_per_pair_losses(family, golden):
-    settings, arrays = case(family, golden)
-    config = settings["effective_config"]
-    (name,) = config["loss_type"]
-    options = {key: config[key] for key in LOSSES[name].options if key in config}
-    # Rows 0..N-1 are the chosen sides.
-    chosen_tokens, rejected_tokens = arrays["in.completion_mask"].sum(1).reshape(2, -1)
-    logps = [arrays[f"out.{kind}.{side}"] for kind in ("logps", "ref_logps") for side in ("chosen", "rejected")]
-    tokens = {"chosen_tokens": chosen_tokens, "rejected_tokens": rejected_tokens}
-    losses, logged = bound(name, tokens, **options)(*logps)
-    np.testing.assert_allclose(losses, arrays["out.per_pair_loss"], rtol=1e-4, atol=2e-5)
-    np.testing.assert_allclose(losses.mean(), settings["loss"], rtol=1e-4, atol=2e-5)
-    for side in ("chosen", "rejected"):
-        np.testing.assert_allclose(logged[f"rewards/{side}"], arrays[f"out.rewards.{side}"], atol=1e-4)

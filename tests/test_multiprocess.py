@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import runs
 
-from jaxalign import metrics
+from jaxalign import build, metrics, sharding
+from jaxalign import config as config_lib
 
 PROGRAM = """
 import os, sys
@@ -185,3 +186,14 @@ train.Training.step = step
     assert "process 0 of 2: nothing was finished in 0.25 minutes (watchdog_minutes); the last was step " in errors
     assert "process 1 of 2: nothing was finished" in errors_2
     assert "lie_down" in errors_2 and "lie_down" not in errors and "in loop" in errors
+
+
+def test_no_step_on_cpus_has_a_reduce_scatter_which_gloo_gets_wrong(tmp_path):
+    config = config_lib.validate(runs.config(tmp_path, mesh__data=2, mesh__fsdp=4), n_devices=8)
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    with sharding.use_mesh(mesh):
+        run = build.Run(config, mesh, build.load_data(config, tmp_path / "dropped.jsonl"))
+        batch = run.place(run.source(0))
+        batch["ref_logps"] = np.zeros(batch["tokens"].shape, np.float32)
+        program = run.train_step.lower(run.state, None, batch).compile().as_text()
+    assert " all-reduce(" in program and " reduce-scatter(" not in program

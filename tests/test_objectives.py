@@ -7,28 +7,97 @@ import jax
 import numpy as np
 import optax
 import pytest
-from common import FAMILIES, GRADIENT_NORM, LOSS, REWARD, SEQUENCE_LOGPS, case, model, pair_batch
+from common import FAMILIES, GRADIENT_NORM, LOSS, REWARD, SEQUENCE_LOGPS, case, model, pair_batch, positions
 
-from jaxalign import metrics, objectives, optim, reference, step
+from jaxalign import losses, metrics, models, objectives, optim, reference, sharding, step
 
-LOSSES = {
-    "dpo_sigmoid": "sigmoid",
-    "dpo_ipo": "ipo",
-    "dpo_robust_ls0.1": "robust",
-    "dpo_sft": "sft",
-    "dpo_sigmoid_norm": "sigmoid_norm",
-    "dpo_sigmoid_plus_sft": {"sigmoid": 1.0, "sft": 0.5},
-    "dpo_precomputed_ref": "sigmoid",
-    "dpo_trunc_keep_start": "sigmoid",
-}
+DPO = (
+    "dpo_sigmoid", "dpo_ipo", "dpo_exo_pair", "dpo_nca_pair", "dpo_robust_ls0.1", "dpo_bco_pair", "dpo_sppo_hard",
+    "dpo_aot", "dpo_aot_ls0.1", "dpo_apo_zero", "dpo_sft", "dpo_sigmoid_norm", "dpo_sigmoid_plus_sft", "dpo_mpo",
+    "dpo_forward_kl", "dpo_js_divergence", "dpo_alpha_divergence", "dpo_ld_alpha_0.5", "dpo_precomputed_ref",
+    "dpo_trunc_keep_start",
+)  # fmt: skip
+REFERENCE_FREE = ("orpo_beta0.1", "cpo_sigmoid", "cpo_sigmoid_ls0.1", "cpo_no_nll", "cpo_simpo", "cpo_simpo_nll")
 
 
-def objective_of(name, settings, cfg):
+def objective_of(golden, cfg):
     """The objective of a golden case. TRL 1.16 ignores label_smoothing in its sigmoid loss; ours applies it."""
-    options = {} if name == "dpo_sft" else {"beta": settings["beta"]}
-    if "robust" in name:
-        options["label_smoothing"] = settings["label_smoothing"]
-    return objectives.pairwise(cfg, LOSSES[name], **options)
+    settings = golden["effective_config"]
+    if "ORPO" in golden["trainer"]:
+        return objectives.pairwise(cfg, "orpo", beta=settings["beta"])
+    if "CPO" in golden["trainer"]:
+        kind = settings["loss_type"]
+        options = {name: settings[name] for name in ("beta", "label_smoothing", "cpo_alpha")}
+        if kind == "simpo":
+            options["gamma_beta_ratio"] = settings["simpo_gamma"] / settings["beta"]
+        return objectives.pairwise(cfg, {"sigmoid": "cpo", "simpo": "simpo"}[kind], **options)
+    names = settings["loss_type"]
+    terms = dict(zip(names, settings["loss_weights"] or [1.0] * len(names), strict=True))
+    taken = {"beta"}.union(*(losses.LOSSES[name].options for name in names if name != "sft"))
+    options = {name: x for name, x in settings.items() if name in taken}
+    if "sigmoid" in names:
+        options.pop("label_smoothing")
+    return objectives.pairwise(cfg, terms, **options)
+
+
+def free_batch(a):
+    """TRL's batch of ORPO and CPO in our layout."""
+    length = max(a[f"in.{side}_input_ids"].shape[1] for side in ("chosen", "rejected"))
+
+    def rows(key, fill):
+        sides = [a[f"in.{side}_{key}"] for side in ("chosen", "rejected")]
+        padded = [np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=fill) for x in sides]
+        return np.stack(padded, axis=1).reshape(-1, length)
+
+    tokens = rows("input_ids", 0)
+    lengths = rows("attention_mask", 0).sum(axis=1).astype(np.int32)
+    return {"tokens": tokens, "positions": positions(tokens), "mask": rows("labels", -100) != -100, "lengths": lengths}
+
+
+SCORE = objectives.logprobs.score
+
+
+@functools.cache
+def forward_and_pullback(cfg):
+    """(params, batch, cotangent of the log-probs) -> (token statistics, gradients); one program for all losses."""
+
+    def both(params, batch, cotangent):
+        def score(params):
+            found = SCORE(cfg, params, batch, want=objectives.logprobs.STATISTICS)
+            return found["logps"], found
+
+        _, pullback, stats = jax.vjp(score, params, has_aux=True)
+        return stats, pullback(cotangent)[0]
+
+    return jax.jit(both)
+
+
+def in_two_programs(objective, params, batch, monkeypatch):
+    """What `in_one_program` gives, with the model's program apart from the loss, which then needs no compilation."""
+    seen = {}
+    both = forward_and_pullback(objective.cfg)
+    nothing = np.zeros(batch["tokens"].shape, np.float32)
+
+    def call(mask, cotangent):
+        return both(params, {"tokens": batch["tokens"], "positions": batch["positions"], "mask": mask}, cotangent)
+
+    def score(cfg, probe, batch, *, want=("logps",)):
+        seen["mask"] = np.asarray(batch["mask"])
+        stats = call(seen["mask"], nothing)[0]
+        return {name: stats[name] + probe if name == "logps" else stats[name] for name in want}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives.logprobs, "score", score)
+        (loss, found), cotangent = jax.value_and_grad(objective, has_aux=True)(nothing, None, batch, {}, None)
+        examples = objective.examples(nothing, None, batch)
+    return jax.device_get((loss, found, call(seen["mask"], cotangent)[1], examples))
+
+
+def in_one_program(objective, params, batch, monkeypatch):
+    """(loss, metrics, gradients, examples)."""
+    gradients_of = step.make_gradients(objective)
+    both = jax.jit(lambda *args: (*gradients_of(*args, {}), objective.examples(*args)))
+    return jax.device_get(both(params, None, batch))
 
 
 @functools.cache
@@ -56,36 +125,49 @@ def hf_norms(gradients, cfg):
     return norms
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", LOSSES)
-def test_loss_metrics_and_gradients_equal_trl(name, family):
+@pytest.mark.parametrize(
+    ("name", "family", "compute"),
+    [(name, family, in_two_programs) for name in (*DPO, *REFERENCE_FREE) for family in FAMILIES]
+    + [("dpo_sigmoid_plus_sft", "llama", in_one_program), ("dpo_aot_ls0.1", "qwen2", in_one_program)]
+    + [("orpo_beta0.1", "qwen3", in_one_program)],
+)
+def test_loss_metrics_and_gradients_equal_trl(name, family, compute, monkeypatch):
     golden, a = case(family, name)
     cfg, params = model(family)
-    batch = scored(family, pair_batch(a))
+    batch = free_batch(a) if name in REFERENCE_FREE else scored(family, pair_batch(a))
     if name == "dpo_precomputed_ref":
         # The reference comes as sums; any split over tokens will do, as a loss sees sums.
         first = np.argmax(batch["mask"], axis=1)
         given = np.stack([a["in.ref_chosen_logps"], a["in.ref_rejected_logps"]], axis=1).reshape(-1)
         batch["ref_logps"] = np.zeros_like(batch["ref_logps"])
         batch["ref_logps"][np.arange(len(first)), first] = given
-    objective = objective_of(name, golden["effective_config"], cfg)
-    gradients_of = step.make_gradients(objective)
-    both = jax.jit(lambda *args: (gradients_of(*args, {}), objective.examples(*args)))
-    (loss, found, gradients), examples = jax.device_get(both(params, None, batch))
+    objective = objective_of(golden, cfg)
+    assert objective.needs_reference == (name in DPO) and objective.couples == ("aot" in name)
+    loss, found, gradients, examples = compute(objective, params, batch, monkeypatch)
     np.testing.assert_allclose(loss, golden["loss"], **LOSS)
     np.testing.assert_allclose(objective.total(examples), golden["loss"], **LOSS)
     for side in ("chosen", "rejected"):
-        np.testing.assert_allclose(examples[f"logps/{side}"], a[f"out.logps.{side}"], **SEQUENCE_LOGPS)
-        np.testing.assert_allclose(examples[f"ref_logps/{side}"], a[f"out.ref_logps.{side}"], **SEQUENCE_LOGPS)
+        logps = a[f"out.avg_logps.{side}" if name.startswith("orpo") else f"out.logps.{side}"]
+        np.testing.assert_allclose(examples[f"logps/{side}"], logps, **SEQUENCE_LOGPS)
         np.testing.assert_allclose(examples[f"rewards/{side}"], a[f"out.rewards.{side}"], **REWARD)
-    if golden["per_pair_loss_averages_to_loss"] and "sft" not in name:
+        if name in DPO:
+            np.testing.assert_allclose(examples[f"ref_logps/{side}"], a[f"out.ref_logps.{side}"], **SEQUENCE_LOGPS)
+    if golden.get("per_pair_loss_averages_to_loss", name.startswith("cpo")) and "sft" not in name:
         np.testing.assert_allclose(examples["loss"], a["out.per_pair_loss"], **LOSS)
+    if name.startswith("orpo"):
+        np.testing.assert_allclose(-examples["loss"], a["out.beta_times_logsigmoid_log_odds"], **LOSS)
 
     values = metrics.reduce(found)
+    assert all(np.isfinite(x) for x in values.values())
     tolerance = {"logps": SEQUENCE_LOGPS, "rewards": REWARD}
     for key, want in golden["metrics"].items():
-        if key != "num_tokens":  # counted by the step
-            np.testing.assert_allclose(values[key], want, **tolerance.get(key.split("/")[0], LOSS), err_msg=key)
+        kind = key.split("/")[0]
+        if key == "num_tokens" or (kind == "logits" and name in REFERENCE_FREE):
+            continue  # counted by the step; over padding
+        if key == "nll_loss" and "nll_loss" not in values:
+            assert want == 0  # it is not in the loss
+            continue
+        np.testing.assert_allclose(values[key], want, **tolerance.get(kind, LOSS), err_msg=key)
 
     norms = hf_norms(gradients, cfg)
     assert set(norms) == set(golden["grad_norms"])
@@ -185,24 +267,147 @@ def test_the_first_loss_is_ln_2_when_the_policy_is_its_reference():
 
 def test_unknown_losses_and_options_that_no_loss_takes_are_refused():
     cfg, _ = model("llama")
-    with pytest.raises(ValueError, match="sigmoidd.*sigmoid"):
-        objectives.pairwise(cfg, "sigmoidd")
-    with pytest.raises(ValueError, match="label_smoothing"):
-        objectives.pairwise(cfg, "ipo", label_smoothing=0.1)
+    for terms, options, message in (
+        ("sigmoidd", {}, "sigmoidd.*did you mean 'sigmoid'"),
+        ("ipo", {"label_smoothing": 0.1}, "not .'label_smoothing'."),
+        ("simpo", {"gamma_beta_ration": 0.1}, "did you mean 'gamma_beta_ratio'"),
+        ("cpo", {"ld_alpha": 0.5}, "not .'ld_alpha'."),
+        ("orpo", {"cpo_alpha": 0.5}, "not .'cpo_alpha'."),
+        ("sigmoid", {"ld_alpha": 1.5}, "ld_alpha is 1.5, expected a weight in .0, 1."),
+        ("exo_pair", {"label_smoothing": 0.0}, "label_smoothing is 0"),
+        ({"sigmoid": 1, "aot": 1}, {"use_weighting": True}, "use_weighting = True does not go with 'aot'"),
+        ({"sigmoid": 1, "bco_pair": 1}, {"f_divergence_type": "forward_kl"}, "does not go with 'bco_pair', only with"),
+        ({"sigmoid": 1, "simpo": 1}, {"ld_alpha": 0.5}, "ld_alpha = 0.5 does not go with 'simpo'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            objectives.pairwise(cfg, terms, **options)
+    # Off is no option, as a config that names all keys has them.
+    objectives.pairwise(cfg, "cpo", cpo_alpha=None, label_smoothing=None)
+    objectives.pairwise(
+        cfg, {"sigmoid": 1, "bco_pair": 1, "aot": 1}, f_divergence_type="reverse_kl", use_weighting=False
+    )
 
 
-def test_an_all_masked_pair_and_an_empty_side_give_finite_losses_and_gradients():
+TERMS = (*losses.LOSSES, {"sigmoid": 1.0, "sft": 1.0}, {"aot": 0.3, "simpo": 1.0, "orpo": 0.2})
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+def test_an_all_masked_pair_and_an_empty_side_give_finite_losses_and_gradients(terms, monkeypatch):
     cfg, params = model("llama")
     batch = scored("llama", pair_batch(case("llama", "dpo_sigmoid")[1]))
     batch["mask"] = batch["mask"].copy()
     batch["mask"][:2] = False  # a filler pair
     batch["mask"][2] = False  # a pair whose chosen side is empty
-    for name in ("sigmoid", "ipo", "sigmoid_norm", {"sigmoid": 1.0, "sft": 1.0}):
-        objective = objectives.pairwise(cfg, name)
-        loss, _, gradients = jax.jit(step.make_gradients(objective))(params, None, batch, {})
-        assert np.isfinite(loss) and np.isfinite(optax.tree.norm(gradients))
+    options = {} if isinstance(terms, dict) or "use_weighting" not in losses.LOSSES[terms].options else WEIGHTED
+    objective = objectives.pairwise(cfg, terms, **options)
+    loss, found, gradients, examples = in_two_programs(objective, params, batch, monkeypatch)
+    assert np.isfinite(loss) and np.isfinite(optax.tree.norm(gradients)) and optax.tree.norm(gradients) > 0
+    assert objective.total(examples) == pytest.approx(float(loss), rel=1e-5)
     assert float(objective.denominators(batch)["pairs"]) == len(batch["tokens"]) / 2 - 1
+    assert not any(examples[name][0] for name in examples)
+    # Without the filler it is the same.
+    rest = {name: x[2:] for name, x in batch.items()}
+    less, without, _, _ = in_two_programs(objective, params, rest, monkeypatch)
+    np.testing.assert_allclose(loss, less, rtol=1e-5)
+    for name, value in metrics.reduce(without).items():
+        np.testing.assert_allclose(metrics.reduce(found)[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
+
+WEIGHTED = {"use_weighting": True}
+
+
+def test_pairs_are_weighted_by_how_likely_the_policy_gives_them(monkeypatch):
+    """WPO's weights from the whole distribution in float64; they have no gradient, and the NLL of a sum has none."""
+    cfg, params = model("llama")
+    batch = scored("llama", pair_batch(case("llama", "dpo_sigmoid")[1]))
+    hidden, _ = models.apply(cfg, params, batch["tokens"], batch["positions"])
+    logits = np.asarray(models.unembed(cfg, params, hidden), np.float64)[:, :-1]
+    probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    of_token = np.take_along_axis(probabilities, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
+    mask = batch["mask"][:, 1:]
+    aligned = np.log(of_token) - np.log(np.square(probabilities).sum(axis=-1))
+    weights = np.exp([row[kept].mean() for row, kept in zip(aligned, mask, strict=True)]).reshape(-1, 2).prod(axis=1)
+    plain, weighted = (
+        in_two_programs(objectives.pairwise(cfg, {"ipo": 1.0, "sft": 0.5}, **on), params, batch, monkeypatch)
+        for on in ({}, WEIGHTED)
+    )
+    assert weights.std() > 0.01
+    np.testing.assert_allclose(weighted[3]["loss"], weights * plain[3]["loss"], rtol=1e-4)
+    nll = plain[0] - plain[3]["loss"].mean()
+    np.testing.assert_allclose(weighted[0], (weights * plain[3]["loss"]).mean() + nll, rtol=1e-4)
+    for name in ("rewards/chosen", "logps/rejected"):
+        np.testing.assert_allclose(weighted[3][name], plain[3][name], rtol=1e-6)
+
+    objective = objectives.pairwise(cfg, "sigmoid", **WEIGHTED)
+    one = {name: x[:2] for name, x in batch.items()}
+    alone = [in_two_programs(o, params, one, monkeypatch)[2] for o in (objective, objectives.pairwise(cfg, "sigmoid"))]
+    for got, want in zip(*map(jax.tree.leaves, alone), strict=True):
+        np.testing.assert_allclose(got, weights[0] * want, rtol=1e-3, atol=1e-5 * np.abs(want).max())
+
+
+def test_the_nll_of_orpo_is_that_of_prompt_and_response_and_has_the_metric(monkeypatch):
+    cfg, params = model("qwen2")
+    batch = free_batch(case("qwen2", "orpo_beta0.1")[1])
+    logps = np.asarray(
+        SCORE(cfg, params, {**batch, "mask": np.arange(batch["mask"].shape[1]) < batch["lengths"][:, None]})["logps"]
+    )
+    nll = -logps[0::2].sum() / (batch["lengths"][0::2] - 1).sum()
+    _, found, _, _ = in_two_programs(objectives.pairwise(cfg, "orpo"), params, batch, monkeypatch)
+    assert metrics.reduce(found)["nll_loss"] == pytest.approx(nll, rel=1e-5)
+    assert "ref_logps_difference/max" not in found
+
+
+def on_layout(objective, params, rows, *, layout=None, accumulation=1):
+    """(loss, metrics, gradients) on the host."""
+    mesh = sharding.make_mesh(**layout) if layout else None
+    with sharding.use_mesh(mesh):
+        if mesh is not None:
+            params = jax.device_put(params, sharding.param_shardings(mesh, models.declare(objective.cfg)))
+        placed = sharding.place_batch(mesh, rows, len(rows["tokens"]))
+        gradients_of = step.make_gradients(objective, gradient_accumulation_steps=accumulation)
+        return jax.device_get(jax.jit(gradients_of)(params, None, placed, {}))
+
+
+@pytest.mark.parametrize(
+    ("terms", "options"),
+    [({"aot": 1.0, "sft": 0.3}, {"beta": 0.3, "ld_alpha": 0.4}), ("aot_unpaired", {"beta": 0.3}), ("orpo", {})],
+    ids=["aot", "aot_unpaired", "orpo"],
+)
+def test_accumulation_fillers_and_devices_do_not_change_what_a_whole_batch_gives(terms, options):
+    cfg, params = model("llama")
+    batch = scored("llama", pair_batch(case("llama", "dpo_aot")[1]))
+    objective = objectives.pairwise(cfg, terms, **options)
+    want = on_layout(objective, params, batch)
+    # 10 pairs and 6 fillers between them: 32 rows.
+    size = len(batch["tokens"])
+    where = np.sort(np.random.default_rng(0).choice(16, size // 2, replace=False))
+    where = np.stack([2 * where, 2 * where + 1], axis=1).reshape(-1)
+    rows = {name: np.zeros((32, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    for name, x in batch.items():
+        rows[name][where] = x
+    for layout, accumulation in ((None, 2), (None, 4), ({"fsdp": 8}, 1), ({"data": 4, "tensor": 2}, 4)):
+        loss, found, gradients = on_layout(objective, params, rows, layout=layout, accumulation=accumulation)
+        np.testing.assert_allclose(loss, want[0], rtol=1e-5)
+        for got, expected in zip(*map(jax.tree.leaves, (gradients, want[2])), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        ours, theirs = metrics.reduce(found), metrics.reduce(want[1])
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_the_loss_of_distributions_over_an_evaluation_is_that_of_one_batch(monkeypatch):
+    cfg, params = model("llama")
+    batch = scored("llama", pair_batch(case("llama", "dpo_aot")[1]))
+    objective = objectives.pairwise(cfg, {"aot": 1.0, "ipo": 0.01, "sft": 0.5})
+    whole, _, _, _ = in_two_programs(objective, params, batch, monkeypatch)
+    parts = [
+        in_two_programs(objective, params, {name: x[rows] for name, x in batch.items()}, monkeypatch)[3]
+        for rows in (slice(0, 12), slice(12, 20))
+    ]
+    examples = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    assert objective.total(examples) == pytest.approx(float(whole), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

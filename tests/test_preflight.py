@@ -333,6 +333,9 @@ def test_a_run_that_does_not_fit_is_exit_status_1_and_says_what_to_try(tiny, mon
     out = capsys.readouterr().out
     assert "does not fit" in out and all(f"│ {name} " in out for name in PROGRAMS)
     assert "try --config.gradient_accumulation_steps=8 --config.model.remat=full: about 5.00 GB, should fit" in out
+    monkeypatch.setattr(preflight, "preflight", lambda run: {**report, "fits": False, "settings": []})
+    assert main("--config=configs/tiny.py", "--here") == 1
+    assert "it needs more devices" in capsys.readouterr().out
 
 
 def test_too_little_memory_is_no_fit(tiny, monkeypatch):
@@ -343,6 +346,14 @@ def test_too_little_memory_is_no_fit(tiny, monkeypatch):
     with sharding.use_mesh(run.mesh):
         report = preflight.preflight(run)
     assert not report["fits"] and len(report["settings"]) == 1
+
+
+def test_all_programs_code_is_there_while_one_runs(tiny, monkeypatch):
+    run, report = tiny
+    one = preflight.Need("score", (16, 48), 1, 2, 3, 400, 50_000, 0.0, False, {})
+    monkeypatch.setattr(preflight, "measure", lambda job, platform: one)
+    monkeypatch.setattr(preflight, "jobs", lambda run: [None] * 3)
+    assert preflight.preflight(run)["needed"] == 1 + 2 + 3 + 3 * 400 + 50_000
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ class Line:
     """Loss = mean of w * x over the batch."""
 
     rows_per_example = 1
+    couples = False
 
     def denominators(self, rows):
         return {"rows": jnp.float32(rows["x"].shape[0])}

@@ -150,6 +150,9 @@ def test_whatever_moment_a_save_to_a_bucket_ends_at_there_is_a_whole_model_or_no
     for there in bucket.history:
         found = {name.removeprefix("m/"): one.content for name, one in there.items()}
         assert "config.json" not in found or found in whole or set(found) == {"config.json"}
+    with pytest.raises(ValueError, match="not installed"):
+        hf.save(root / "m", cfg, params, tokenizer_from="package:no_such_package")
+    assert content(root / "m") == whole[2]
     paths.replace(root / "thesis" / "thesis.txt", b"precious")
     with pytest.raises(ValueError, match="no model folder"):
         hf.save(root / "thesis", cfg, params)

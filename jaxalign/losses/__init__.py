@@ -16,9 +16,9 @@ from jaxalign.losses.reference_free import cpo, cpo_hinge, cpo_ipo, orpo, simpo
 from jaxalign.losses.transport import aot, aot_unpaired
 
 __all__ = [
-    "LOSSES", "LOG_PROB_OPTIONS", "PairLosses", "Preference", "aot", "aot_unpaired", "apo_down", "apo_zero", "bco_pair", "check_terms",
-    "cpo", "cpo_hinge", "cpo_ipo", "discopop", "dpo", "exo_pair", "hinge", "ipo", "nca_pair", "orpo", "robust",
-    "sigmoid_norm", "simpo", "sppo_hard",
+    "LOG_PROB_OPTIONS", "LOSSES", "PairLosses", "Preference", "aot", "aot_unpaired", "apo_down", "apo_zero", "bco_pair",
+    "check_terms", "cpo", "cpo_hinge", "cpo_ipo", "discopop", "dpo", "exo_pair", "hinge", "ipo", "nca_pair", "orpo",
+    "robust", "sigmoid_norm", "simpo", "sppo_hard",
 ]  # fmt: skip
 
 LOG_PROB_OPTIONS: dict[str, Any] = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl"}
@@ -61,7 +61,7 @@ class Preference:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that a config may set, with their defaults: the function's, and those that the objective reads."""
+        """The options that a config may set, with their defaults: the function's and those that the objective reads."""
         options = {
             name: parameter.default
             for name, parameter in self.parameters.items()

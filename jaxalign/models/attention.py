@@ -36,8 +36,8 @@ def choose(
     Args:
       cfg: its field `attention` is "auto" (the platform's kernel where it can run, otherwise XLA) or one of the three.
       mesh: concrete or abstract; None: the current one, and without any the default backend.
-      packed: rows hold several segments. prefixes: segments are shared (`prefix_ids`). cached: keys come from a cache.
-        The kernels know neither of the last two: such a call is XLA's even if cfg.attention says otherwise.
+      packed: rows have segment ids. prefixes: segments are shared (`prefix_ids`). cached: keys come from a cache. The
+        kernels know neither of the last two: such a call is XLA's even if cfg.attention says otherwise.
 
     Raises:
       ValueError: cfg.attention names a kernel that can't run here.
@@ -59,8 +59,8 @@ def choose(
         raise ValueError(
             f"model.attention is {kernel!r}, but {obstacle}. Set it to 'auto' (a kernel where one can run) or to 'xla'"
         )
-    if packed and kernel == "cudnn":
-        return kernel, "the devices are NVIDIA GPUs (packed rows: their mask as a bias)"
+    if packed and kernel == "cudnn" and cfg.attention == "auto":
+        return "xla", "rows are packed and cuDNN has no segment ids ('cudnn' would give it the mask as a bias)"
     return kernel, {"splash": "the devices are TPUs", "cudnn": "the devices are NVIDIA GPUs"}[kernel]
 
 

@@ -49,20 +49,20 @@ def lookup(table_VD: jax.Array, tokens_RT: jax.Array, dtype: Any) -> jax.Array:
         if others:
             found = lax.psum(found, others)
         for axis, dim in shared.items():
-            found = lax.psum_scatter(found, axis, scatter_dimension=dim, tiled=True)
+            found = sharding.sum_scatter(found, axis, dim)
         return found
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
         rows, time = tokens.shape
         group_bytes = tokens.size * sharding.axis_size(tuple(shared), mesh) * table.shape[1] * 4
-        needed = min(-(-group_bytes // GROUP_BYTES), time)
-        n = next(n for n in range(needed, time + 1) if time % n == 0)
+        n = min(-(-group_bytes // GROUP_BYTES), time)
         if n == 1:
             return look(table, tokens)
-        chunks = tokens.reshape(rows, n, -1).swapaxes(0, 1)
+        length = -(-time // n)
+        chunks = jnp.pad(tokens, ((0, 0), (0, n * length - time))).reshape(rows, n, length).swapaxes(0, 1)
         # Recomputed, so that the backward pass keeps tokens and not a [.., D] mask of what was found.
         found = lax.map(jax.checkpoint(functools.partial(look, table), prevent_cse=False), chunks)
-        return found.swapaxes(0, 1).reshape(rows, time, -1)
+        return found.swapaxes(0, 1).reshape(rows, n * length, -1)[:, :time]
 
     return jax.shard_map(
         local,

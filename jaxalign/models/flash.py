@@ -108,8 +108,9 @@ def cudnn(
 ) -> jax.Array:
     """cuDNN's flash attention on one device.
 
-    It has no segment ids: packed rows bring their mask as a bias, [R, 1, T, T] in the compute dtype, which is still 2 N
-    times less than XLA's float32 scores.
+    It has no segment ids: packed rows bring their mask as a bias, [R, 1, T, T] in the compute dtype, of which the
+    backward pass makes a gradient that nobody asked for (jax #39512, mended after jax 0.10.2). So that is on request
+    only, until it was measured.
     """
     flash = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
     if segment_ids_RT is None:

@@ -22,7 +22,7 @@ from jaxalign import config as config_lib
 from jaxalign import hf, models, objectives, optim, reference, sharding, xla_flags
 from jaxalign import step as step_lib
 from jaxalign.data import batching, sources
-from jaxalign.data.tokenizers import byte_tokenizer
+from jaxalign.data.tokenizers import CHAT_TEMPLATE, SPECIAL_TOKENS, Lazy, byte_tokenizer
 from jaxalign.models import attention
 from jaxalign.models.config import ModelConfig
 from jaxalign.paths import PathLike
@@ -35,7 +35,8 @@ class Data:
     """Prepared rows of a run.
 
     Attributes:
-      tokenizer: a transformers fast tokenizer; `tokenizer_path` is where it came from ("bytes" for the built-in one).
+      tokenizer: a transformers fast tokenizer, read when it is needed; `tokenizer_path` is where it comes from ("bytes"
+        for the built-in one).
       train, held_out: prepared pairs; held_out is None without evaluation.
     """
 
@@ -51,11 +52,13 @@ class Data:
 
 
 def load_tokenizer(config: ConfigDict) -> tuple[Any, str]:
-    """The run's tokenizer and the path it came from."""
+    """The run's tokenizer, which is not read yet, and the path that it comes from."""
     path = config.tokenizer.path or config.model.path
     if path == "bytes":
-        return byte_tokenizer(), path
-    return hf.load_tokenizer(path, chat_template=config.data.chat_template), path
+        return Lazy(repr((path, SPECIAL_TOKENS, CHAT_TEMPLATE)), byte_tokenizer), path
+    template = config.data.chat_template
+    load = functools.partial(hf.load_tokenizer, path, chat_template=template)
+    return Lazy(hf.tokenizer_identity(path, chat_template=template), load), path
 
 
 def load_data(config: ConfigDict, dropped_path: PathLike | None, dataset: Any = None, eval_dataset: Any = None) -> Data:
@@ -108,11 +111,11 @@ def model_config(config: ConfigDict, *, path: str | None, platform: str | None =
     )
 
 
-def check_model(cfg: ModelConfig, config: ConfigDict, tokenizer: Any | None) -> None:
-    """Raises ValueError where model, tokenizer (None: not known) and lengths do not go together."""
-    if tokenizer is not None and len(tokenizer) > cfg.vocab_size:
+def check_model(cfg: ModelConfig, config: ConfigDict, vocab_size: int | None) -> None:
+    """Raises ValueError where model, tokenizer (of `vocab_size`; None: not known) and lengths do not go together."""
+    if vocab_size is not None and vocab_size > cfg.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model only {cfg.vocab_size}: "
+            f"the tokenizer has {vocab_size} tokens and the model only {cfg.vocab_size}: "
             "tokenizer.path belongs to another model"
         )
     if config.data.prefixes and any(cfg.sliding_windows):
@@ -240,10 +243,10 @@ class Run(Programs):
         self.data = data
         platform = mesh.devices.flat[0].platform
         cfg = model_config(config, path=config.model.path, platform=platform)
-        check_model(cfg, config, data.tokenizer)
+        check_model(cfg, config, data.train.meta["vocab_size"])
         ref_path = config.reference.path
         ref_cfg = cfg if ref_path is None else model_config(config, path=ref_path, platform=platform)
-        check_model(ref_cfg, config, data.tokenizer)
+        check_model(ref_cfg, config, data.train.meta["vocab_size"])
         self.on_progress: Callable[[str], object] = lambda what: None
 
         self._buckets = tuple(config.data.buckets) or None

@@ -25,8 +25,8 @@ from jaxalign.config_keys import BY_NAME, KEYS, coerce, from_text, literal, memb
 from jaxalign.messages import did_you_mean
 
 RESUME_MAY_CHANGE = (
-    "workdir", "steps", "epochs", "resume", "compilation_cache", "watchdog_minutes", "log", "eval", "samples", "checkpoint",
-    "mesh", "export", "early_stopping", "data.cache_dir", "data.workers",
+    "workdir", "steps", "epochs", "resume", "compilation_cache", "watchdog_minutes", "log", "eval", "samples",
+    "checkpoint", "mesh", "export", "early_stopping", "data.cache_dir", "data.workers",
 )  # fmt: skip
 """Keys, or first parts of keys, that a resumed run may change; any other change needs resume="force"."""
 
@@ -108,14 +108,16 @@ def validate(
 
 
 def loss_arguments(config: ConfigDict) -> tuple[dict[str, float], dict[str, Any]]:
-    """What `objectives.pairwise` wants of `loss.*`: {term: weight} in the order of loss.name, and their options.
+    """What `objectives.pairwise` wants of `loss.*`: {term: weight} in the order of loss.name, and the options set.
 
-    An option of None is the loss's own default, which two losses may have apart.
+    A key at its default is left to the losses, which may have different ones of their own.
     """
     names = config.loss.name.split("+")
     weights = config.loss.weights or (1.0,) * len(names)
     options = frozenset[str]().union(*(_loss_options(name) or () for name in names))
-    return dict(zip(names, weights, strict=True)), {option: config.loss[option] for option in sorted(options)}
+    values = {name: config.loss[name] for name in sorted(options)}
+    given = {name: value for name, value in values.items() if value != BY_NAME[f"loss.{name}"].default}
+    return dict(zip(names, weights, strict=True)), given
 
 
 def to_json(config: ConfigDict | Mapping[str, Any]) -> str:

@@ -54,8 +54,8 @@ KEYS: tuple[Key, ...] = (
     Key("watchdog_minutes", 30.0, float, "When no step (and no batch of an evaluation) was finished for so long, every "
         "process prints its stacks and exits 76; 0: never.", range="[0, inf)"),
 
-    Key("model.path", None, str | None, "Folder (config.json + safetensors; gs:// too), GGUF file, hub id, or "
-        "package:NAME[/FILE] for a file inside an installed Python package."),
+    Key("model.path", None, str | None, "Folder (config.json + safetensors; gs:// too), GGUF file, hub id (or "
+        "hf://ID@REVISION, read in place), or package:NAME[/FILE] for a file inside an installed Python package."),
     Key("model.random", None, dict | None, "Fields of a Hugging Face config.json: train this model from random weights "
         "instead of model.path; needs tokenizer.path."),
     Key("model.compute_dtype", "auto", str, "dtype of activations and matrix products (master weights are float32); "

@@ -11,7 +11,7 @@ from jaxalign import metrics, paths, reference
 
 
 def evaluate(run: Any, state: Any, *, untrained: bool = False) -> dict[str, float]:
-    """The metrics of the policy in `state` (`untrained`: before any step) over the evaluation pairs of a `build.Run`."""
+    """The metrics of the policy in `state` over the evaluation pairs of a `build.Run`; `untrained`: before any step."""
     examples = collect(run.examples, state.params, run.eval_batches(state, untrained=untrained))
     return summarize(examples, run.objective.total(examples))
 

@@ -36,6 +36,7 @@ from jaxalign.hf_files import (
     read_config,
     resolve,
     stop_ids,
+    tokenizer_identity,
     write_tokenizer,
 )
 from jaxalign.messages import listed
@@ -54,6 +55,7 @@ __all__ = [
     "resolve",
     "save",
     "stop_ids",
+    "tokenizer_identity",
 ]
 
 _HOW_IT_IS_RUN = {"compute_dtype", "remat", "attention"}  # fields of a config that no config.json has
@@ -393,7 +395,8 @@ def _check_params(cfg: ModelConfig, params: Mapping[str, Any], leaves: Iterable[
 
 
 def _check_target(target: Folder) -> None:
-    """Raises ValueError if something is at `target` that is no model."""
+    """Raises ValueError if something is at `target` that is no model, or it is in a bucket that can't be read."""
+    paths.check_bucket(target)
     if not target.exists() or (target / "config.json").exists():
         return
     if not target.is_dir() or any(not _OF_A_MODEL.fullmatch(file.name) for file in target.iterdir()):

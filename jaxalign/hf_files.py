@@ -5,13 +5,17 @@ are imported where they are used.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxalign import gguf_file, paths
+import jax
+
+from jaxalign import gguf_file, paths, safetensors_file
 from jaxalign.messages import first_line
 from jaxalign.models.config import ModelConfig, config_from_hf, token_ids
 from jaxalign.paths import PathLike, inside, read_json, write_json
@@ -32,19 +36,31 @@ TOKENIZER_FILES = (
 
 
 def resolve(path: PathLike) -> Folder:
-    """The folder or .gguf file that `path` names, downloaded first if it is a hub id.
+    """The folder or .gguf file that `path` names; a hub model comes into the local cache first, or is read in place.
 
     Args:
       path: a folder with config.json, here or in a bucket (gs://); a .gguf file, or a folder holding just one;
         `package:NAME[/FILE]`, a file inside an installed Python package, found without importing it (no FILE: the one
-        .gguf in it); or a hub id `organisation/name`, of which only safetensors, JSON and tokenizer files are
-        downloaded. Each host downloads once, whatever the number of its processes (the hub's cache is locked): on a
-        pod, a bucket is the better place.
+        .gguf in it); or a hub id `organisation/name`, of which only safetensors, JSON and tokenizer files are taken.
+        One process downloads them. Several read the safetensors in place, unless they are in the cache already: a pod
+        reads what its hosts hold, and no disk has to hold the model. `hf://organisation/name[@revision]` is always
+        read in place.
 
     Raises:
       ValueError: nothing there; or the hub refuses, does not know the id, or can't be reached.
     """
-    return paths.find_model(path, check=read_config)
+    return paths.find_model(path, check=read_config, in_place=_several_read_it)
+
+
+def _several_read_it(folder: Path) -> bool:
+    """Whether there are several processes, and the weights are not in the cache's `folder`."""
+    if jax.process_count() == 1:
+        return False
+    try:
+        safetensors_file.weight_files(folder)
+    except ValueError:
+        return True
+    return False
 
 
 def _resolve_small(path: PathLike) -> Folder:
@@ -99,6 +115,7 @@ def load_tokenizer(path: PathLike, *, chat_template: str | None = None) -> Any:
       ValueError: no tokenizer there, or one that can't be read without running code from the folder.
     """
     where = _resolve_small(path)
+    given = None if chat_template is None else read_template(chat_template)
     # transformers would advise, when first imported, to install torch, which jaxalign never needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if is_gguf(where):
@@ -106,18 +123,46 @@ def load_tokenizer(path: PathLike, *, chat_template: str | None = None) -> Any:
     else:
         with _here(where) as folder:
             tokenizer = _load_tokenizer(folder, where)
-    if chat_template is not None:
-        is_file = "{" not in chat_template and paths.at(chat_template).is_file()
-        tokenizer.chat_template = paths.at(chat_template).read_text() if is_file else chat_template
+    if given is not None:
+        tokenizer.chat_template = given
     return tokenizer
+
+
+def read_template(chat_template: str) -> str:
+    """A Jinja template from itself, or from the file that holds it."""
+    is_file = "{" not in chat_template and paths.at(chat_template).is_file()
+    return paths.at(chat_template).read_text() if is_file else chat_template
+
+
+def tokenizer_identity(path: PathLike, *, chat_template: str | None = None) -> str:
+    """A hash of all files that `load_tokenizer` reads for the same arguments, without reading a tokenizer from them.
+
+    Raises:
+      ValueError: no tokenizer there.
+    """
+    where = _resolve_small(path)
+    if is_gguf(where):
+        parts = [paths.content_hash(where)]
+    else:
+        files = [(name, where / name) for name in ("config.json", *_tokenizer_files(where))]
+        parts = [f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for name, file in files if file.exists()]
+    given = "" if chat_template is None else read_template(chat_template)
+    return hashlib.sha256(json.dumps([*parts, given]).encode()).hexdigest()
+
+
+def _tokenizer_files(folder: Folder) -> list[str]:
+    """The names of a folder's tokenizer files; ValueError if there are none, or if one leaves the folder."""
+    found = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if not found:
+        raise ValueError(f"{folder} holds no tokenizer; expected tokenizer.json and tokenizer_config.json")
+    for name in found:
+        inside(folder, name)
+    return found
 
 
 def _load_tokenizer(folder: Folder, where: Folder) -> Any:
     """The tokenizer of the files in `folder`, which are those of `where`."""
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise ValueError(f"{where} holds no tokenizer; expected tokenizer.json and tokenizer_config.json")
-    for name in TOKENIZER_FILES:
-        inside(folder, name)
+    _tokenizer_files(where)
     from transformers import AutoTokenizer
 
     try:

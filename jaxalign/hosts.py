@@ -41,8 +41,8 @@ def connect() -> None:
             }
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"JAX_COORDINATOR_ADDRESS is {env['JAX_COORDINATOR_ADDRESS']!r}, so JAX_NUM_PROCESSES and JAX_PROCESS_ID "
-                f"have to be numbers too ({error} is not); set all three, or none of them"
+                f"JAX_COORDINATOR_ADDRESS is {env['JAX_COORDINATOR_ADDRESS']!r}, so JAX_NUM_PROCESSES and "
+                f"JAX_PROCESS_ID have to be numbers too ({error} is not); set all three, or none of them"
             ) from error
     elif not is_cluster(env):
         return

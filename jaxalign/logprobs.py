@@ -23,7 +23,9 @@ from jaxalign.models.embedding import vocab_axes
 
 STATISTICS = ("logps", "entropy", "mean_logit", "correct", "sum_p2")
 
-CHUNK_BYTES = 48 * 2**20  # float32 logits of one chunk on one device
+# Float32 logits of one chunk on one device, by platform. The backward pass reads and writes the head's whole gradient
+# once a chunk, which a GPU alone with a large vocabulary would feel (a figure by arithmetic: no GPU was at hand).
+CHUNK_BYTES = {"cpu": 48 * 2**20, "tpu": 48 * 2**20, "gpu": 512 * 2**20}
 
 
 class _Layout(NamedTuple):
@@ -147,7 +149,8 @@ def _layout(table_VD: jax.Array, n_rows: int, n_time: int, chunk_tokens: int | N
     rows = None if mesh is None else sharding.fit(n_rows, sharding.ROWS, mesh)
     time = None if mesh is None else sharding.fit(n_time, "sequence", mesh)
     gather = tuple(axis for axis in vocab if (rows and axis in rows) or axis == time)
-    chunk = chunk_tokens or max(CHUNK_BYTES // 4 * sharding.axis_size(vocab) // table_VD.shape[0] // 128, 1) * 128
+    fitting = CHUNK_BYTES[sharding.platform(mesh)] // 4 * sharding.axis_size(vocab) // table_VD.shape[0]
+    chunk = chunk_tokens or max(fitting // 128, 1) * 128
     n_local = n_rows // sharding.axis_size(rows) * (n_time // sharding.axis_size(time))
     own = min(max(chunk // sharding.axis_size(gather), 1), n_local)
     return _Layout(rows, time, vocab, gather, () if mesh is None else tuple(mesh.axis_names), own)

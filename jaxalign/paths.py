@@ -115,7 +115,7 @@ def read_range(path: PathLike, offset: int, size: int) -> bytes:
     """`size` bytes of a file from `offset` on, without reading ahead.
 
     Raises:
-      EOFError: the file ends before. FileNotFoundError: it is not there. ValueError: the hub refuses or can't be reached.
+      EOFError: the file ends before. FileNotFoundError: it is not there. ValueError: the hub refuses, or is not there.
     """
     if size == 0:
         return b""
@@ -145,8 +145,8 @@ def _hub_parts(path: str) -> tuple[str, str | None, str]:
 def _hub_file(path: str) -> tuple[str, dict[str, str], int]:
     """The address from which a file on the hub is read, the headers to send there, and its size in bytes.
 
-    The hub is asked once a file: it answers some thousand such questions in five minutes, a large model has ten times
-    as many ranges (https://huggingface.co/docs/hub/rate-limits, "Resolvers"), and the address is a store's own.
+    The hub is asked once a file, not once a range: it answers a few thousand such questions in five minutes
+    (https://huggingface.co/docs/hub/rate-limits, "Resolvers"), and large files lie at addresses of a store beside it.
     """
     import huggingface_hub
     from huggingface_hub.utils import build_hf_headers
@@ -175,7 +175,7 @@ def _read_hub(path: str, offset: int, size: int) -> bytes:
         return http_backoff("GET", address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
     response = get()
-    if response.status_code in (401, 403):  # addresses are signed for a time, mostly an hour
+    if response.is_client_error:  # addresses are signed for a time, mostly an hour
         _hub_file.cache_clear()
         response = get()
     hf_raise_for_status(response)
@@ -292,8 +292,8 @@ def find_model(
     """The folder or .gguf file that `path` names (see `hf.resolve`); an epath.Path if it is in a bucket or on the hub.
 
     `check` is called with the folder of a hub model's small files, before gigabytes are fetched; it may raise. Without
-    `weights` these are not fetched; where `in_place` is true of that folder neither, but the model's own folder on the
-    hub, hf://, at the same commit, is what is found.
+    `weights` these are not fetched. Nor are they where `in_place` is true of that folder: then the model's folder on
+    the hub is found, hf://, at the commit that the small files are of.
     """
     text = os.fspath(path)
     if text.startswith("package:"):
@@ -303,7 +303,7 @@ def find_model(
         hub_id, revision, name = _hub_parts(text.rstrip("/"))
         if name:
             raise ValueError(f"model path {text!r}: expected hf://organisation/name or hf://organisation/name@revision")
-        return _find_on_hub(text, hub_id, revision, check, weights=weights, in_place=lambda folder: True)
+        return _find_on_hub(text, hub_id, revision, check, weights=weights, in_place=in_place)
     if is_remote(text):
         folder = at(text)
         if (folder / "config.json").exists():
@@ -351,12 +351,12 @@ def _find_on_hub(
     if not weights:
         return folder
     check(folder)
-    if in_place(folder) and (_is_on_hub(path) or not _is_offline()):
+    if _is_on_hub(path) or in_place(folder):
         found: Path | epath.Path = at(f"hf://{hub_id}@{folder.name}")  # a snapshot has its commit's name
         with _hub_errors(path):
             files = [file for file in found.iterdir() if file.name.endswith(".safetensors")]
             if files:
-                _hub_file(os.fspath(files[0]))  # the small files may be in the cache since one had access
+                _hub_file(os.fspath(files[0]))  # may they be read? The small files may be in the cache from before
     else:
         found = _snapshot(path, hub_id, revision, _DOWNLOAD_SMALL + _DOWNLOAD_WEIGHTS)
         files = list(found.glob("*.safetensors"))
@@ -371,15 +371,11 @@ def _snapshot(path: str, hub_id: str, revision: str | None, patterns: list[str])
     """Files of a hub model, which a user has named `path`, in the local cache."""
     import huggingface_hub
 
-    options = {"allow_patterns": patterns, "ignore_patterns": _DOWNLOAD_NEVER}
     with _hub_errors(path):
-        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, **options))
-
-
-def _is_offline() -> bool:
-    import huggingface_hub
-
-    return huggingface_hub.constants.HF_HUB_OFFLINE
+        folder = huggingface_hub.snapshot_download(
+            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_DOWNLOAD_NEVER
+        )
+    return Path(folder)
 
 
 @contextlib.contextmanager
@@ -389,7 +385,7 @@ def _hub_errors(path: PathLike) -> Iterator[None]:
     Raises:
       FileNotFoundError: all is well, but there is no such file.
     """
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     text = os.fspath(path)
     hub_id = _hub_parts(text)[0] if _is_on_hub(text) else text
@@ -409,10 +405,12 @@ def _hub_errors(path: PathLike) -> Iterator[None]:
             f"{start} was not found, or is private. Check the spelling at {page}; a private one needs HF_TOKEN, "
             "a token that may read it"
         ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{start} has no such revision; see {page}/commits/main") from error
     except errors.RemoteEntryNotFoundError as error:
         raise FileNotFoundError(f"{text}: there is no such file on the hub") from error
     except Exception as error:
-        if _is_offline():
+        if constants.HF_HUB_OFFLINE:
             raise ValueError(
                 f"{start} is not (wholly) in the local cache while HF_HUB_OFFLINE is set. Unset HF_HUB_OFFLINE to "
                 f"download it (a gated model also needs HF_TOKEN, and its licence accepted at {page}), or give a folder"

@@ -19,7 +19,7 @@ from jaxalign.messages import listed
 from jaxalign.paths import inside, read_json, write_json
 
 Folder: TypeAlias = Path | epath.Path
-"""A folder, or a file, here or in a bucket."""
+"""A folder, or a file, here, in a bucket or on the hub."""
 
 DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype(np.float32),

@@ -544,7 +544,7 @@ class _Lines(logging.Handler):
 def quiet() -> None:
     """Plain log lines of ours; of the libraries only what went wrong."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Lines()])
-    for name in ("absl", "jax", "orbax", "grain", "fsspec", "gcsfs"):
+    for name in ("absl", "jax", "orbax", "grain", "fsspec", "gcsfs", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is no news
 

@@ -59,6 +59,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
+sys.path.insert(0, str(ROOT))  # jaxalign need not be installed
 
 PRINTED = ("jax", "trl", "torch", "transformers")  # versions in the table's title
 
@@ -240,6 +241,7 @@ def token_nll(cfg: Any) -> Any:
 
     class TokenNLL:
         rows_per_example = 1
+        couples = False
 
         def denominators(self, batch: Any) -> dict[str, Any]:
             return {"tokens": batch["mask"][:, 1:].sum().astype("float32")}
@@ -607,14 +609,16 @@ def start(job: dict[str, Any], python: str, *, platform: str) -> dict[str, Any]:
     Raises:
       RuntimeError: the process failed; the end of what it said is in the message.
     """
+    # The train command's own: programs are run from it, so it is the user's alone.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxalign" / "compiled"
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "JAX_PLATFORMS": "cpu" if platform == "cpu" else "cuda,cpu",
         # JAX takes 75% by default: https://docs.jax.dev/en/latest/gpu_memory_allocation.html
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94",
         # Rounds after the first need not compile (and autotune) again.
-        "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"benchmark-gpu-{os.getuid()}"),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

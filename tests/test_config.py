@@ -84,7 +84,7 @@ def test_every_option_of_every_loss_and_optimizer_has_a_key():
 
     for loss in LOSSES.values():
         for option, default in loss.options.items():
-            assert C.BY_NAME[f"loss.{option}"].default == default
+            assert C.BY_NAME[f"loss.{option}"].default in (default, None)  # None: losses have different ones
     for name in optim.OPTIMIZERS:
         for option in optim.options(name):
             assert f"optim.{option}" in C.BY_NAME
@@ -127,7 +127,7 @@ def test_validate_completes_and_types_what_is_given():
     )  # fmt: skip
     assert config.data.buckets == (32, 64)
     assert isinstance(config.optim.learning_rate, float)
-    assert config.loss.beta == 0.1
+    assert config.loss.beta is None and config.loss.gamma_beta_ratio == 0.5
 
 
 @pytest.mark.parametrize(
@@ -207,6 +207,11 @@ def test_all_problems_come_at_once():
         ({"loss.name": "sft"}, "sigmoid+sft"),
         ({"loss.name": "sigmoid+sigmoid"}, "twice"),
         ({"loss.name": "sigmoid+sft", "loss.weights": (1.0,)}, "loss.weights"),
+        ({"loss.name": "sigmoid+nca_pair", "loss.f_divergence_type": "forward_kl"}, "not go with 'nca_pair'"),
+        ({"loss.name": "aot+ipo", "loss.use_weighting": True}, "loss.use_weighting = True does not go with 'aot'"),
+        ({"loss.name": "simpo+ipo", "loss.ld_alpha": 0.5}, "loss.ld_alpha = 0.5 does not go with 'simpo'"),
+        ({"loss.name": "exo_pair", "loss.label_smoothing": 0.0}, "exo_pair divides by it"),
+        ({"loss.name": "simpoo"}, "did you mean 'simpo'?"),
         ({"reference.mode": "cached", "reference.sync_every": 5}, "reference.sync_every"),
         ({"optim.warmup_steps": 2, "optim.warmup_ratio": 0.1}, "optim.warmup_ratio"),
         ({"optim.warmup_steps": 11}, "optim.warmup_steps"),
@@ -235,6 +240,14 @@ def test_a_contradiction_is_found(changes, named):
         ("loss.weights", (2.0,), {}),
         ("loss.label_smoothing", 0.1, {"loss.name": "ipo"}),
         ("loss.length_normalize", False, {}),
+        ("loss.gamma_beta_ratio", 0.3, {"loss.name": "cpo"}),
+        ("loss.cpo_alpha", 0.3, {"loss.name": "orpo"}),
+        ("loss.ld_alpha", 0.3, {"loss.name": "simpo"}),
+        ("loss.use_weighting", True, {"loss.name": "aot"}),
+        ("loss.f_alpha_divergence_coef", 0.3, {}),
+        ("loss.f_alpha_divergence_coef", 0.3, {"loss.name": "aot"}),
+        ("reference.mode", "cached", {"loss.name": "simpo"}),
+        ("reference.path", "other", {"loss.name": "orpo+cpo"}),
         ("reference.sync_alpha", 0.5, {}),
         ("optim.b1", 0.8, {"optim.name": "rmsprop"}),
         ("optim.momentum", 0.8, {}),
@@ -265,6 +278,10 @@ def test_a_key_without_effect_is_an_error(key, value, others):
         {"loss.name": "sigmoid+sft", "loss.weights": (1.0, 0.5), "loss.label_smoothing": 0.1},
         {"loss.name": "robust", "loss.label_smoothing": 0.1},
         {"loss.name": "ipo", "loss.length_normalize": False},
+        {"loss.name": "simpo", "loss.gamma_beta_ratio": 0.3, "loss.cpo_alpha": 0.1, "loss.alpha": 0.25},
+        {"loss.name": "sigmoid+bco_pair+sft", "loss.weights": (0.8, 0.2, 1.0), "loss.ld_alpha": 0.5},
+        {"loss.f_divergence_type": "alpha_divergence", "loss.f_alpha_divergence_coef": 0.3, "loss.use_weighting": True},
+        {"loss.name": "simpo+ipo", "reference.mode": "cached"},
         {"optim.name": "sgd", "optim.momentum": 0.9},
         {"optim.name": "rmsprop", "optim.b2": 0.9, "optim.weight_decay": 0.1},
         {"optim.max_grad_norm": None},
@@ -312,8 +329,12 @@ def test_loss_arguments_are_those_of_the_objective():
     from jaxalign import objectives
 
     config = C.validate(good(**{"loss.name": "sigmoid+sft", "loss.weights": (1.0, 0.5), "loss.beta": 0.2}))
-    assert C.loss_arguments(config) == ({"sigmoid": 1.0, "sft": 0.5}, {"beta": 0.2, "label_smoothing": 0.0})
-    assert C.loss_arguments(C.validate(good(**{"loss.name": "hinge"}))) == ({"hinge": 1.0}, {"beta": 0.1})
+    assert C.loss_arguments(config) == ({"sigmoid": 1.0, "sft": 0.5}, {"beta": 0.2})
+    assert C.loss_arguments(C.validate(good(**{"loss.name": "simpo"}))) == ({"simpo": 1.0}, {})
+    assert C.loss_arguments(C.validate(good(**{"loss.name": "exo_pair", "loss.beta": 0.1, "loss.ld_alpha": 0.5}))) == (
+        {"exo_pair": 1.0},
+        {"beta": 0.1, "ld_alpha": 0.5},
+    )
     terms, options = C.loss_arguments(config)
     assert objectives.pairwise(None, terms, **options).terms == (("sigmoid", 1.0), ("sft", 0.5))
 
@@ -483,7 +504,7 @@ def test_a_wrong_command_line_exits_with_2_and_says_why(config_file, capsys, arg
 def test_diff_lists_changed_keys_and_fills_defaults():
     assert C.diff(good(), good(**{"loss.beta": 0.2, "data.buckets": (1024,)})) == [
         ("data.buckets", (), (1024,)),
-        ("loss.beta", 0.1, 0.2),
+        ("loss.beta", None, 0.2),
     ]
     assert C.diff(json.loads(C.to_json(good())), good()) == []
     assert C.diff({"steps": 3, "gone": 1}, {"steps": 3}) == [("gone", 1, None)]

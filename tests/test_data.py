@@ -9,12 +9,14 @@ import time
 
 import numpy as np
 import pytest
-from common import FAMILIES, case, load_tokenizer
+from common import FAMILIES, case, load_tokenizer, policy
 
+from jaxalign import hf
 from jaxalign.data import sources
 from jaxalign.data.batching import EvalBatches, PairSource, default_buckets, make_batch, prefetch
 from jaxalign.data.formats import RowError, hh
 from jaxalign.data.sources import prepare, read_rows, split_by_hash
+from jaxalign.data.tokenizers import Lazy
 
 SAMPLES = "package:jaxalign/data/samples/hh_rlhf_helpful_{}.jsonl.gz"
 WORDS = "cloud teach glass river light paper ocean sugar train garden lemon answer".split()
@@ -524,3 +526,25 @@ def test_closing_prefetch_ends_its_threads():
         time.sleep(0.01)
     assert threading.active_count() <= before
     assert list(prefetch(lambda step, view: {}, 4, 4)) == []
+
+
+def test_a_lazy_tokenizer_is_not_read_where_its_rows_are_kept_already(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(policy("qwen3"), folder)
+    read = []
+
+    def lazily(template=None):
+        identity = hf.tokenizer_identity(folder, chat_template=template)
+        lazy = Lazy(identity, lambda: read.append(1) or hf.load_tokenizer(folder, chat_template=template))
+        return prepare(ROWS, tokenizer=lazy, max_length=64, cache_dir=tmp_path / "cache")
+
+    first, again = lazily(), lazily()
+    assert read == [1]
+    eager = prepare(ROWS, tokenizer=load_tokenizer("qwen3"), max_length=64, cache_dir=tmp_path / "cache")
+    assert first.folder == again.folder == eager.folder and first.pad_id == again.pad_id == eager.pad_id
+    assert again.meta["vocab_size"] == len(load_tokenizer("qwen3"))
+
+    file = folder / "chat_template.jinja"
+    file.write_text("{#- another -#}" + file.read_text())
+    assert lazily().folder != first.folder and read == [1, 1]
+    assert lazily("{#- a third -#}" + file.read_text()).folder != first.folder and read == [1, 1, 1]

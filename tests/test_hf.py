@@ -395,7 +395,7 @@ def test_a_hub_download_takes_no_pickles_and_reads_the_config_first(monkeypatch,
 
     asked = []
 
-    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
+    def snapshot_download(hub_id, revision, allow_patterns, ignore_patterns):
         asked.append((hub_id, allow_patterns, ignore_patterns))
         return str(llama)
 

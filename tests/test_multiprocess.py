@@ -123,7 +123,9 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, no_picture):
     steps = [[line["step"] for line in runs.lines(folder) if "loss" in line] for folder in (tmp_path / "run", whole)]
     assert steps == [list(range(1, 7))] * 2
     for name in ("loss", "grad_norm", "rewards/margins"):
-        ours, others = ([line[name] for line in runs.lines(folder) if "loss" in line] for folder in (tmp_path / "run", whole))
+        ours, others = (
+            [line[name] for line in runs.lines(folder) if "loss" in line] for folder in (tmp_path / "run", whole)
+        )
         np.testing.assert_allclose(ours, others, rtol=1e-5, atol=1e-5, err_msg=name)
 
 

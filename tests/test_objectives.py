@@ -54,6 +54,12 @@ def free_batch(a):
     return {"tokens": tokens, "positions": positions(tokens), "mask": rows("labels", -100) != -100, "lengths": lengths}
 
 
+def padded(batch):
+    """With fillers and padding up to the largest golden batch, so that all of them share their programs."""
+    rows, time = 20, 68
+    return {name: np.pad(x, [(0, rows - len(x)), (0, time - x.shape[-1])][: x.ndim]) for name, x in batch.items()}
+
+
 SCORE = objectives.logprobs.score
 
 
@@ -134,11 +140,11 @@ def hf_norms(gradients, cfg):
 def test_loss_metrics_and_gradients_equal_trl(name, family, compute, monkeypatch):
     golden, a = case(family, name)
     cfg, params = model(family)
-    batch = free_batch(a) if name in REFERENCE_FREE else scored(family, pair_batch(a))
+    batch = padded(free_batch(a)) if name in REFERENCE_FREE else scored(family, padded(pair_batch(a)))
     if name == "dpo_precomputed_ref":
         # The reference comes as sums; any split over tokens will do, as a loss sees sums.
-        first = np.argmax(batch["mask"], axis=1)
         given = np.stack([a["in.ref_chosen_logps"], a["in.ref_rejected_logps"]], axis=1).reshape(-1)
+        first = np.argmax(batch["mask"], axis=1)[: len(given)]
         batch["ref_logps"] = np.zeros_like(batch["ref_logps"])
         batch["ref_logps"][np.arange(len(first)), first] = given
     objective = objective_of(golden, cfg)
@@ -146,6 +152,7 @@ def test_loss_metrics_and_gradients_equal_trl(name, family, compute, monkeypatch
     loss, found, gradients, examples = compute(objective, params, batch, monkeypatch)
     np.testing.assert_allclose(loss, golden["loss"], **LOSS)
     np.testing.assert_allclose(objective.total(examples), golden["loss"], **LOSS)
+    examples = {name: x[: len(a["out.rewards.chosen"])] for name, x in examples.items()}
     for side in ("chosen", "rejected"):
         logps = a[f"out.avg_logps.{side}" if name.startswith("orpo") else f"out.logps.{side}"]
         np.testing.assert_allclose(examples[f"logps/{side}"], logps, **SEQUENCE_LOGPS)
@@ -294,19 +301,19 @@ TERMS = (*losses.LOSSES, {"sigmoid": 1.0, "sft": 1.0}, {"aot": 0.3, "simpo": 1.0
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 def test_an_all_masked_pair_and_an_empty_side_give_finite_losses_and_gradients(terms, monkeypatch):
     cfg, params = model("llama")
-    batch = scored("llama", pair_batch(case("llama", "dpo_sigmoid")[1]))
+    batch = scored("llama", padded(pair_batch(case("llama", "dpo_sigmoid")[1])))
     batch["mask"] = batch["mask"].copy()
-    batch["mask"][:2] = False  # a filler pair
+    batch["mask"][:2] = False  # a filler pair, beside those at the end
     batch["mask"][2] = False  # a pair whose chosen side is empty
     options = {} if isinstance(terms, dict) or "use_weighting" not in losses.LOSSES[terms].options else WEIGHTED
     objective = objectives.pairwise(cfg, terms, **options)
     loss, found, gradients, examples = in_two_programs(objective, params, batch, monkeypatch)
     assert np.isfinite(loss) and np.isfinite(optax.tree.norm(gradients)) and optax.tree.norm(gradients) > 0
     assert objective.total(examples) == pytest.approx(float(loss), rel=1e-5)
-    assert float(objective.denominators(batch)["pairs"]) == len(batch["tokens"]) / 2 - 1
+    assert float(objective.denominators(batch)["pairs"]) == 5
     assert not any(examples[name][0] for name in examples)
-    # Without the filler it is the same.
-    rest = {name: x[2:] for name, x in batch.items()}
+    # Without that filler it is the same.
+    rest = padded({name: x[2:] for name, x in batch.items()})
     less, without, _, _ = in_two_programs(objective, params, rest, monkeypatch)
     np.testing.assert_allclose(loss, less, rtol=1e-5)
     for name, value in metrics.reduce(without).items():
@@ -319,13 +326,14 @@ WEIGHTED = {"use_weighting": True}
 def test_pairs_are_weighted_by_how_likely_the_policy_gives_them(monkeypatch):
     """WPO's weights from the whole distribution in float64; they have no gradient, and the NLL of a sum has none."""
     cfg, params = model("llama")
-    batch = scored("llama", pair_batch(case("llama", "dpo_sigmoid")[1]))
-    hidden, _ = models.apply(cfg, params, batch["tokens"], batch["positions"])
+    batch = scored("llama", padded(pair_batch(case("llama", "dpo_sigmoid")[1])))
+    n = 6
+    hidden, _ = models.apply(cfg, params, batch["tokens"][: 2 * n], batch["positions"][: 2 * n])
     logits = np.asarray(models.unembed(cfg, params, hidden), np.float64)[:, :-1]
     probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities /= probabilities.sum(axis=-1, keepdims=True)
-    of_token = np.take_along_axis(probabilities, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
-    mask = batch["mask"][:, 1:]
+    of_token = np.take_along_axis(probabilities, batch["tokens"][: 2 * n, 1:, None], axis=-1)[..., 0]
+    mask = batch["mask"][: 2 * n, 1:]
     aligned = np.log(of_token) - np.log(np.square(probabilities).sum(axis=-1))
     weights = np.exp([row[kept].mean() for row, kept in zip(aligned, mask, strict=True)]).reshape(-1, 2).prod(axis=1)
     plain, weighted = (
@@ -333,14 +341,15 @@ def test_pairs_are_weighted_by_how_likely_the_policy_gives_them(monkeypatch):
         for on in ({}, WEIGHTED)
     )
     assert weights.std() > 0.01
-    np.testing.assert_allclose(weighted[3]["loss"], weights * plain[3]["loss"], rtol=1e-4)
-    nll = plain[0] - plain[3]["loss"].mean()
-    np.testing.assert_allclose(weighted[0], (weights * plain[3]["loss"]).mean() + nll, rtol=1e-4)
+    of_pairs = plain[3]["loss"][:n]
+    np.testing.assert_allclose(weighted[3]["loss"][:n], weights * of_pairs, rtol=1e-4)
+    nll = plain[0] - of_pairs.mean()
+    np.testing.assert_allclose(weighted[0], (weights * of_pairs).mean() + nll, rtol=1e-4)
     for name in ("rewards/chosen", "logps/rejected"):
         np.testing.assert_allclose(weighted[3][name], plain[3][name], rtol=1e-6)
 
     objective = objectives.pairwise(cfg, "sigmoid", **WEIGHTED)
-    one = {name: x[:2] for name, x in batch.items()}
+    one = padded({name: x[:2] for name, x in batch.items()})
     alone = [in_two_programs(o, params, one, monkeypatch)[2] for o in (objective, objectives.pairwise(cfg, "sigmoid"))]
     for got, want in zip(*map(jax.tree.leaves, alone), strict=True):
         np.testing.assert_allclose(got, weights[0] * want, rtol=1e-3, atol=1e-5 * np.abs(want).max())
@@ -370,11 +379,15 @@ def on_layout(objective, params, rows, *, layout=None, accumulation=1):
 
 
 @pytest.mark.parametrize(
-    ("terms", "options"),
-    [({"aot": 1.0, "sft": 0.3}, {"beta": 0.3, "ld_alpha": 0.4}), ("aot_unpaired", {"beta": 0.3}), ("orpo", {})],
+    ("terms", "options", "splits"),
+    [
+        ({"aot": 1.0, "sft": 0.3}, {"beta": 0.3, "ld_alpha": 0.4}, ((None, 2), (None, 4), ({"fsdp": 8}, 1))),
+        ("aot_unpaired", {"beta": 0.3}, (({"data": 4, "tensor": 2}, 4),)),
+        ("orpo", {}, (({"data": 2, "fsdp": 4}, 2),)),
+    ],
     ids=["aot", "aot_unpaired", "orpo"],
 )
-def test_accumulation_fillers_and_devices_do_not_change_what_a_whole_batch_gives(terms, options):
+def test_accumulation_fillers_and_devices_do_not_change_what_a_whole_batch_gives(terms, options, splits):
     cfg, params = model("llama")
     batch = scored("llama", pair_batch(case("llama", "dpo_aot")[1]))
     objective = objectives.pairwise(cfg, terms, **options)
@@ -386,7 +399,7 @@ def test_accumulation_fillers_and_devices_do_not_change_what_a_whole_batch_gives
     rows = {name: np.zeros((32, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     for name, x in batch.items():
         rows[name][where] = x
-    for layout, accumulation in ((None, 2), (None, 4), ({"fsdp": 8}, 1), ({"data": 4, "tensor": 2}, 4)):
+    for layout, accumulation in splits:
         loss, found, gradients = on_layout(objective, params, rows, layout=layout, accumulation=accumulation)
         np.testing.assert_allclose(loss, want[0], rtol=1e-5)
         for got, expected in zip(*map(jax.tree.leaves, (gradients, want[2])), strict=True):
@@ -399,11 +412,11 @@ def test_accumulation_fillers_and_devices_do_not_change_what_a_whole_batch_gives
 
 def test_the_loss_of_distributions_over_an_evaluation_is_that_of_one_batch(monkeypatch):
     cfg, params = model("llama")
-    batch = scored("llama", pair_batch(case("llama", "dpo_aot")[1]))
+    batch = scored("llama", padded(pair_batch(case("llama", "dpo_aot")[1])))
     objective = objectives.pairwise(cfg, {"aot": 1.0, "ipo": 0.01, "sft": 0.5})
     whole, _, _, _ = in_two_programs(objective, params, batch, monkeypatch)
     parts = [
-        in_two_programs(objective, params, {name: x[rows] for name, x in batch.items()}, monkeypatch)[3]
+        in_two_programs(objective, params, padded({name: x[rows] for name, x in batch.items()}), monkeypatch)[3]
         for rows in (slice(0, 12), slice(12, 20))
     ]
     examples = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

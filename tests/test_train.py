@@ -271,7 +271,7 @@ def test_the_second_start_reaches_its_first_step_in_a_third_of_the_time(tmp_path
 def test_what_the_untrained_policy_says_is_computed_once(tmp_path, monkeypatch):
     """Its log-probs are the reference's; its completions are kept beside them."""
     calls = []
-    generate, examples = evals.completions, objectives.logprobs.score
+    generate = evals.completions
     monkeypatch.setattr(evals, "completions", lambda run, params: calls.append("completions") or generate(run, params))
     settings = {"steps": 2, "epochs": None, "eval__every": 0, "checkpoint__every": 0, "data__cache_dir": str(tmp_path)}
     folders = [runs.run(tmp_path / name, **settings).folder for name in ("first", "second")]
@@ -287,7 +287,7 @@ def test_what_the_untrained_policy_says_is_computed_once(tmp_path, monkeypatch):
 
 def test_out_of_memory_is_explained_with_preflights_table_and_a_setting(tmp_path, monkeypatch):
     def step(self, n, batch):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory trying to allocate 17179869184 bytes.")
 
     monkeypatch.setattr(train.Training, "step", step)
     with pytest.raises(train.OutOfMemory) as caught:

@@ -16,8 +16,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -26,13 +27,14 @@ from jaxalign import paths
 from jaxalign.data.chat import EncodedPair, encode_pairs, template_of
 from jaxalign.data.formats import FORMATS, Example, RowError, detect
 from jaxalign.data.rows import Rows, digest, read_rows, to_json
+from jaxalign.data.tokenizers import Lazy
 
 __all__ = ["Prepared", "Rows", "prepare", "read_rows", "split_by_hash"]
 
 log = logging.getLogger(__name__)
 
 # Part of every cache key: raise it whenever the same rows would become other tokens or other files.
-VERSION = 1
+VERSION = 2
 
 # Rows handed to the tokenizer at once; the number of rows from which worker processes pay for their start; and the rows
 # that are tried before they do.
@@ -51,7 +53,8 @@ class Prepared:
         index: [N] int64, places of these pairs in the cached arrays.
         fingerprint: hash of the tokens of these pairs in this order; equal for equal tokens wherever they came from.
         meta: of the whole cached set: label, format, rows, kept, dropped {reason: rows}, truncated (pairs with a side
-            that was cut), unfinished (sides that were not cut and hold no eos), max_length, columns.
+            that was cut), unfinished (sides that were not cut and hold no eos), max_length, columns, vocab_size (the
+            tokenizer's).
         pad_id: what batches are filled up with.
         folder: where the arrays, `texts.jsonl` and `dropped.jsonl` lie.
         kept_in: the folder of the cache that holds all that was prepared: above `folder`, or in a bucket.
@@ -159,7 +162,7 @@ def prepare(
 
     Args:
         source: see `read_rows`, as are split, name and limit.
-        tokenizer: a fast tokenizer of transformers.
+        tokenizer: a fast tokenizer of transformers, or a `tokenizers.Lazy` one, which is not read if all is cached.
         max_length: most tokens of prompt + response.
         max_prompt_length: pairs with a longer prompt are dropped; a prompt is never cut.
         format: a name in FORMATS, or "auto": chosen by the first rows, and logged.
@@ -180,29 +183,24 @@ def prepare(
     _check("max_dropped_share", max_dropped_share, 0 <= max_dropped_share <= 1, "a share from 0 to 1")
     if chat_template is not None:
         _check("chat_template", chat_template, "{" in chat_template, "the text of a Jinja template")
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer of transformers, which is what data needs")
     rows = read_rows(source, split=split, name=name, limit=limit)
-    task = _Task(
-        format=format,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        on_long=on_long,
-        chat_template=template_of(tokenizer, chat_template),
-        tokenizer=_tokenizer_json(tokenizer),
-        special_tokens={
-            key: str(token) for key, token in tokenizer.special_tokens_map.items() if key.endswith("_token")
-        },
-    )
     kept_in = _cache_root(cache_dir)
-    key = digest(VERSION, rows.fingerprint, _versions(), task.key())
+    facts = _facts(tokenizer, chat_template, kept_in)
+    options = (format, max_length, max_prompt_length, on_long)
+    key = digest(VERSION, rows.fingerprint, _versions(), facts.key, options)
     remote = kept_in / key if paths.is_remote(kept_in) else None
     folder = Path(kept_in / key) if remote is None else _temporary() / key
     if remote is not None:
         _fetch(remote, folder)
-    prepared = _open(folder, kept_in, tokenizer)
+    prepared = _open(folder, kept_in, facts)
     if prepared is None:
-        prepared = _make(folder, kept_in, rows, task, tokenizer, workers)
+        task = _Task(
+            *options,
+            chat_template=template_of(tokenizer, chat_template),
+            tokenizer=_tokenizer_json(tokenizer),
+            special_tokens=_special_tokens(tokenizer),
+        )
+        prepared = _make(folder, kept_in, rows, task, tokenizer, facts, workers)
         if remote is not None:
             for name in [*prepared.meta["sizes"], "meta.json"]:  # the last one says that all are there
                 paths.upload(folder / name, remote / name)
@@ -251,9 +249,6 @@ class _Task:
     tokenizer: str = field(repr=False)
     special_tokens: Mapping[str, str]
 
-    def key(self) -> str:
-        return digest(*(getattr(self, name) for name in self.__dataclass_fields__))
-
 
 @dataclass
 class _Chunk:
@@ -268,6 +263,45 @@ class _Chunk:
     unfinished: int = 0
 
 
+class _Facts(NamedTuple):
+    """What has to be known of a tokenizer to find and use the rows that it has made.
+
+    key: a hash of its rules, special tokens and template. pad_id: what batches are filled up with.
+    """
+
+    key: str
+    pad_id: int
+    vocab_size: int
+
+
+def _facts(tokenizer: Any, chat_template: str | None, kept_in: epath.Path) -> _Facts:
+    """The facts of a tokenizer; of a lazy one those that were found the last time, if there are any."""
+    file = None
+    if isinstance(tokenizer, Lazy):
+        name = digest(VERSION, _versions(), tokenizer.identity, chat_template)
+        file = kept_in / f"tokenizer-{name}.json"
+        if file.exists():
+            return _Facts(**paths.read_json(file))
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer of transformers, which is what data needs")
+    template = template_of(tokenizer, chat_template)
+    facts = _Facts(
+        key=digest(_tokenizer_json(tokenizer), _special_tokens(tokenizer), template),
+        pad_id=next(
+            (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None),
+            0,  # any id will do: a pad is never scored and never attended to
+        ),
+        vocab_size=len(tokenizer),
+    )
+    if file is not None:
+        paths.replace(file, json.dumps(facts._asdict()).encode())
+    return facts
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, str]:
+    return {key: str(token) for key, token in tokenizer.special_tokens_map.items() if key.endswith("_token")}
+
+
 def _tokenizer_json(tokenizer: Any) -> str:
     """The tokenizer's rules as JSON, without the padding and truncation that its last caller happened to set."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -275,10 +309,7 @@ def _tokenizer_json(tokenizer: Any) -> str:
 
 
 def _versions() -> list[str]:
-    import tokenizers
-    import transformers
-
-    return [tokenizers.__version__, transformers.__version__]
+    return [version("tokenizers"), version("transformers")]
 
 
 def _cache_root(cache_dir: paths.PathLike | None) -> epath.Path:
@@ -313,7 +344,7 @@ def _fetch(remote: epath.Path, folder: Path) -> None:
     (folder / "meta.json").write_bytes(meta)
 
 
-def _open(folder: Path, kept_in: epath.Path, tokenizer: Any) -> Prepared | None:
+def _open(folder: Path, kept_in: epath.Path, facts: _Facts) -> Prepared | None:
     """The prepared data of a cache folder, or None if there is none or a file is not as long as it was written."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -322,12 +353,8 @@ def _open(folder: Path, kept_in: epath.Path, tokenizer: Any) -> Prepared | None:
         arrays = {key: _load(folder / f"{key}.npy", mapped=meta["kept"] > 0) for key in _ARRAYS}
     except (OSError, ValueError, KeyError):
         return None
-    pad_id = next(
-        (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None),
-        0,  # any id will do: a pad is never scored and never attended to
-    )
     index = np.arange(meta["kept"], dtype=np.int64)
-    return Prepared(folder, kept_in, meta, meta["fingerprint"], pad_id, index, arrays)
+    return Prepared(folder, kept_in, meta, meta["fingerprint"], facts.pad_id, index, arrays)
 
 
 def _load(file: Path, *, mapped: bool) -> np.ndarray:
@@ -335,7 +362,15 @@ def _load(file: Path, *, mapped: bool) -> np.ndarray:
     return np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
 
 
-def _make(folder: Path, kept_in: epath.Path, rows: Rows, task: _Task, tokenizer: Any, workers: int | None) -> Prepared:
+def _make(
+    folder: Path,
+    kept_in: epath.Path,
+    rows: Rows,
+    task: _Task,
+    tokenizer: Any,
+    facts: _Facts,
+    workers: int | None,
+) -> Prepared:
     started = time.monotonic()
     _sweep(folder.parent)
     work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))  # mkdtemp: for this user alone
@@ -361,25 +396,26 @@ def _make(folder: Path, kept_in: epath.Path, rows: Rows, task: _Task, tokenizer:
             "rows": total,
             "columns": columns,
             "max_length": task.max_length,
+            "vocab_size": facts.vocab_size,
         }
         meta["sizes"] = {
             name: (work / name).stat().st_size
             for name in [*(f"{key}.npy" for key in _ARRAYS), "texts.jsonl", "dropped.jsonl"]
         }
         (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        prepared = _publish(work, folder, kept_in, tokenizer)
+        prepared = _publish(work, folder, kept_in, facts)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     log.info("%s: %d pairs in %.1f s, cached in %s", rows.label, len(prepared), time.monotonic() - started, folder)
     return prepared
 
 
-def _publish(work: Path, folder: Path, kept_in: epath.Path, tokenizer: Any) -> Prepared:
+def _publish(work: Path, folder: Path, kept_in: epath.Path, facts: _Facts) -> Prepared:
     """Renames the finished folder into place. Another process may have been faster: then its equal work is used."""
     for _ in range(2):
         with contextlib.suppress(OSError):
             work.rename(folder)
-        prepared = _open(folder, kept_in, tokenizer)
+        prepared = _open(folder, kept_in, facts)
         if prepared is not None:
             return prepared
         shutil.rmtree(folder, ignore_errors=True)  # what lay there is damaged

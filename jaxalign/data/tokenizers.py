@@ -1,6 +1,8 @@
-"""A tokenizer that needs no file and no network, for tests and for models that begin from random weights."""
+"""A tokenizer that needs no file and no network, for models that begin from random weights; and one read late."""
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -19,6 +21,35 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+
+
+class Lazy:
+    """A transformers tokenizer that is read when something of it is first asked for.
+
+    A run whose rows are tokenized already does without for a while, and transformers' import alone takes half a second.
+
+    Attributes:
+      identity: a hash of all that its behaviour depends on.
+    """
+
+    def __init__(self, identity: str, load: Callable[[], Any]):
+        self.identity = identity
+        self._load = load
+
+    @functools.cached_property
+    def _loaded(self) -> Any:
+        return self._load()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what pickle and copy look for
+            raise AttributeError(name)
+        return getattr(self._loaded, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._loaded(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self._loaded)
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":

@@ -19,7 +19,7 @@ from jaxalign.models import attention
 LANES = 128  # of a TPU's vector unit: the kernel's blocks are multiples of it
 
 # Largest block of queries and of keys, in tokens: float32 scores of a block, 1 MB, leave a core's memory to the
-# kernel's own double buffers. MaxText's default too (base.yml: sa_block_q and its siblings).
+# kernel's own double buffers. Not tuned: no TPU was at hand.
 BLOCK = 512
 
 
@@ -113,11 +113,12 @@ def cudnn(
     only, until it was measured.
     """
     flash = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    if segment_ids_RT is None:
-        return flash(q_RTNH, k_RTKH, v_RTKH, local_window_size=None if window is None else (window - 1, 0))
     time = q_RTNH.shape[1]
-    even = time + time % 2  # a bias has a gradient, and that only for even lengths
+    even = time + time % 2  # there is no gradient for odd lengths
     q_RTNH, k_RTKH, v_RTKH = (_pad_time(x, even) for x in (q_RTNH, k_RTKH, v_RTKH))
+    if segment_ids_RT is None:
+        local = None if window is None else (window - 1, 0)
+        return flash(q_RTNH, k_RTKH, v_RTKH, local_window_size=local)[:, :time]
     segments_RT = _pad_time(segment_ids_RT, even)
     mask_RTT = attention.attention_mask(attention.distance(even, even), segments_RT, segments_RT, window=window)
     return flash(q_RTNH, k_RTKH, v_RTKH, mask=mask_RTT[:, None])[:, :time]

@@ -224,6 +224,7 @@ def test_results_of_another_card_are_not_mixed_in(bench, tmp_path):
 # ---- the workers
 
 
+@pytest.mark.slow
 def test_accumulation_and_checkpointing_compute_the_same(bench):
     case = bench.Case("tiny", "sft", 32, "jaxalign")
     whole, split = (bench.jaxalign_worker(case, setting, 2) for setting in ("none/1", "full/2"))

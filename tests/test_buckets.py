@@ -390,6 +390,7 @@ train.Training.step = step
     assert [name for name in bucket.objects if name.startswith("cache/reference-")]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_writes_its_trace_its_dropped_rows_and_its_report(bucket, root):
     rows = [*runs.rows(24), {"prompt": "no answers"}]
     paths.replace(root / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())

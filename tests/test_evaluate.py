@@ -100,6 +100,7 @@ def test_perplexity_is_the_exponential_of_the_mean_nll_and_its_interval_that_of_
     assert 0.92 < hits / 400 < 0.98
 
 
+@pytest.mark.slow
 def test_two_processes_say_what_one_does(run):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -37,11 +37,14 @@ def no_reference(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "extra"),
-    [("orpo", {"nll_loss", "log_odds_ratio", "log_odds_chosen"}), ("simpo", set()), ("cpo", {"nll_loss"})],
+    ("name", "options", "extra"),
+    [
+        ("orpo", {}, {"nll_loss", "log_odds_ratio", "log_odds_chosen"}),
+        ("simpo", {"loss__gamma_beta_ratio": 0.3}, set()),
+    ],
 )
-def test_without_a_reference_none_is_held_or_scored(name, extra, tmp_path, no_reference):
-    result = runs.run(tmp_path / "run", loss__name=name, gradient_accumulation_steps=2, **SHORT)
+def test_without_a_reference_none_is_held_or_scored(name, options, extra, tmp_path, no_reference):
+    result = runs.run(tmp_path / "run", loss__name=name, gradient_accumulation_steps=2, **options, **SHORT)
     before, *steps, after = runs.lines(result.folder)
     assert after["eval_loss"] < before["eval_loss"] and after["eval_rewards/margins"] > before["eval_rewards/margins"]
     assert np.isfinite([x for line in steps for x in line.values()]).all()
@@ -69,6 +72,7 @@ def test_preflight_has_no_program_for_a_reference_that_is_not_there(tmp_path):
             assert (jobs["train step"].besides is None) != scores
 
 
+@pytest.mark.slow
 def test_a_loss_of_the_whole_batch_is_the_same_split_or_not_and_resumes(tmp_path):
     aot = {"loss__name": "aot+sft", "loss__weights": (1.0, 0.1), "loss__beta": 0.5, **SHORT}
     whole = runs.run(tmp_path / "whole", **aot)

@@ -382,8 +382,8 @@ def on_layout(objective, params, rows, *, layout=None, accumulation=1):
     ("terms", "options", "splits"),
     [
         ({"aot": 1.0, "sft": 0.3}, {"beta": 0.3, "ld_alpha": 0.4}, ((None, 2), (None, 4), ({"fsdp": 8}, 1))),
-        ("aot_unpaired", {"beta": 0.3}, (({"data": 4, "tensor": 2}, 4),)),
-        ("orpo", {}, (({"data": 2, "fsdp": 4}, 2),)),
+        pytest.param("aot_unpaired", {"beta": 0.3}, (({"data": 4, "tensor": 2}, 4),), marks=pytest.mark.slow),
+        pytest.param("orpo", {}, (({"data": 2, "fsdp": 4}, 2),), marks=pytest.mark.slow),
     ],
     ids=["aot", "aot_unpaired", "orpo"],
 )

@@ -390,7 +390,7 @@ def test_a_hub_models_config_is_fetched_without_its_weights(monkeypatch, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(runs.MODEL))
     asked = []
 
-    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
+    def snapshot_download(hub_id, allow_patterns, **_):
         asked.extend(allow_patterns)
         return str(tmp_path)
 

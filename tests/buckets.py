@@ -133,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Requests are not printed."""
 
     def _answer(self, status: int, content: bytes = b"", **headers: str) -> None:
+        if status == 304:
+            content = b""  # this answer has none: the client would take it for the beginning of the next one
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)

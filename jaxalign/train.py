@@ -465,6 +465,7 @@ def explaining(pieces: build.Run) -> Iterator[None]:
             raise
         from jaxalign import preflight
 
+        log.error("%s\nout of memory: working out what this run needs, which may take as long as compiling it", error)
         raise OutOfMemory(preflight.explain(pieces, error)) from error
 
 

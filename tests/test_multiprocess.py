@@ -150,8 +150,8 @@ train.Training.step = step
     runs.assert_close(tmp_path / "two", runs.run(tmp_path / "one", **settings).folder)
 
 
-def test_an_error_in_one_process_ends_both_within_a_minute_and_is_read_on_both_consoles(tmp_path):
-    fail = """
+FAILURES = {
+    "before the first step": """
 import os, time
 from jaxalign import evals
 def completions(*_):
@@ -160,11 +160,27 @@ def completions(*_):
         1 / 0
     time.sleep(120)
 evals.first_completions = completions
-"""
+""",
+    "between checkpoints": """
+import os, time
+from jaxalign import train
+real = train.Training.step
+def step(self, n, batch):
+    if n == 5 and os.environ["JAX_PROCESS_ID"] == "1":
+        open(os.environ["FAILED_AT"], "w").write(str(time.time()))
+        1 / 0
+    real(self, n, batch)
+train.Training.step = step
+""",
+}
+
+
+@pytest.mark.parametrize("when", FAILURES)
+def test_an_error_in_one_process_ends_both_within_a_minute_and_is_read_on_both_consoles(tmp_path, when):
     mark = tmp_path / "failed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAILED_AT", str(mark))
-        (first, _, errors), (second, _, errors_2) = processes(runs.save(tmp_path / "two"), before=fail)
+        (first, _, errors), (second, _, errors_2) = processes(runs.save(tmp_path / "two"), before=FAILURES[when])
     assert time.time() - float(mark.read_text()) < 60
     assert (first, second) == (1, 1), errors + errors_2
     assert "ZeroDivisionError" in errors_2

@@ -19,10 +19,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jaxalign import config as config_lib
-from jaxalign import hf, models, objectives, optim, reference, sharding, xla_flags
+from jaxalign import frozen, hf, lora, models, objectives, optim, peft_files, reference, sharding, user_code, xla_flags
 from jaxalign import step as step_lib
 from jaxalign.data import batching, sources
-from jaxalign.data.tokenizers import CHAT_TEMPLATE, SPECIAL_TOKENS, Lazy, byte_tokenizer
+from jaxalign.data.tokenizers import Lazy
 from jaxalign.models import attention
 from jaxalign.models.config import ModelConfig
 from jaxalign.paths import PathLike
@@ -54,11 +54,14 @@ class Data:
 def load_tokenizer(config: ConfigDict) -> tuple[Any, str]:
     """The run's tokenizer, which is not read yet, and the path that it comes from."""
     path = config.tokenizer.path or config.model.path
-    if path == "bytes":
-        return Lazy(repr((path, SPECIAL_TOKENS, CHAT_TEMPLATE)), byte_tokenizer), path
-    template = config.data.chat_template
-    load = functools.partial(hf.load_tokenizer, path, chat_template=template)
-    return Lazy(hf.tokenizer_identity(path, chat_template=template), load), path
+    changes = {"chat_template": config.tokenizer.chat_template, **_added(config)}
+    return Lazy(hf.tokenizer_identity(path, **changes), functools.partial(hf.load_tokenizer, path, **changes)), path
+
+
+def _added(config: ConfigDict) -> dict[str, Any]:
+    """What tokenizer.* adds to a tokenizer, so that a model may have to grow."""
+    special = config.tokenizer.special_tokens
+    return {"special_tokens": special and dict(special), "add_tokens": config.tokenizer.add_tokens}
 
 
 def load_data(config: ConfigDict, dropped_path: PathLike | None, dataset: Any = None, eval_dataset: Any = None) -> Data:
@@ -78,10 +81,13 @@ def load_data(config: ConfigDict, dropped_path: PathLike | None, dataset: Any = 
         max_prompt_length=config.data.max_prompt_length,
         format=config.data.format,
         on_long=config.data.on_long,
-        chat_template=config.data.chat_template,
         cache_dir=config.data.cache_dir,
         max_dropped_share=config.data.max_dropped_share,
         workers=config.data.workers,
+        kind=config_lib.kind(config),
+        train_on=config.data.train_on,
+        score_columns=tuple(config.data.score_columns),
+        weight_column=None if user_code.is_function(config.data.weight) else config.data.weight,
     )
     source = config.data.path if dataset is None else dataset
     split = config.data.split if dataset is None else None
@@ -97,17 +103,66 @@ def load_data(config: ConfigDict, dropped_path: PathLike | None, dataset: Any = 
     return Data(tokenizer, path, train, held_out)
 
 
+def weigher(name: str | None, prepared: sources.Prepared) -> Callable[[np.ndarray, int], np.ndarray] | None:
+    """(examples, step) -> their weights, by the user's function `name`; None where it is no function's name."""
+    if not user_code.is_function(name):
+        return None
+    assert name is not None
+    function = user_code.load(name)
+
+    def weigh(examples: np.ndarray, step: int) -> np.ndarray:
+        weights = np.asarray(function([prepared.text(int(i)) for i in examples], step), np.float32)
+        if weights.shape != (len(examples),) or not np.isfinite(weights).all() or (weights < 0).any():
+            raise ValueError(
+                f"data.weight: {name} gave {weights!r} for {len(examples)} rows at step {step}, expected as many "
+                "finite numbers from 0 up"
+            )
+        return weights
+
+    return weigh
+
+
 def model_config(config: ConfigDict, *, path: str | None, platform: str | None = None) -> ModelConfig:
     """The ModelConfig of model.path (or another `path`), or of model.random, and how it is run on `platform`."""
     cfg = models.config_from_hf(config.model.random.to_dict()) if path is None else hf.read_config(path)
+    if any(_added(config).values()) and (config.tokenizer.path or config.model.path):
+        cfg = hf.fit_to_tokenizer(cfg, load_tokenizer(config)[0], **_added(config))
     on_cpu = (platform or jax.default_backend()) == "cpu"
     dtype, remat = config.model.compute_dtype, config.model.remat
+    labels = tuple(config.data.score_columns)
+    is_scored = config_lib.head(config) == "score"
     return dataclasses.replace(
         cfg,
+        num_labels=max(len(labels), 1) if is_scored else 0,
+        labels=labels,
+        reward_weights=tuple(config.loss.reward_weights) if is_scored else (),
         compute_dtype=("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype,
         # A laptop has memory for the products of its small batches; a chip that is filled with rows has not.
         remat=("dots_no_batch" if on_cpu else "full") if remat == "auto" else remat,
         attention=config.model.attention,
+    )
+
+
+def objective_of(config: ConfigDict, cfg: ModelConfig) -> Any:
+    """The objective that loss.* names."""
+    terms, options = config_lib.loss_arguments(config)
+    return objectives.make(cfg, terms, **options)
+
+
+def adapters_of(config: ConfigDict, cfg: ModelConfig) -> lora.Spec | None:
+    """The adapters that are trained; None where all weights are."""
+    given = config.lora
+    if not config_lib.is_lora(config):
+        return None
+    if given.path is not None:
+        return dataclasses.replace(peft_files.read_config(given.path, cfg).spec, dropout=given.dropout)
+    return lora.Spec(
+        rank=given.rank,
+        alpha=2.0 * given.rank if given.alpha is None else given.alpha,
+        targets=tuple(given.targets),
+        dropout=given.dropout,
+        rslora=given.rslora,
+        modules_to_save=tuple(given.modules_to_save),
     )
 
 
@@ -133,15 +188,16 @@ class Programs:
       config, mesh, cfg, ref_cfg, objective: as their names say; ref_cfg is the reference's model.
       attention: (implementation, reason), from `attention.choose`.
       steps: updates of the whole run.
-      rows: of a global batch; eval_pairs: pairs of an evaluation's batch.
+      frozen: under LoRA the abstract frozen weights with the adapters' spec, with their shardings; else None.
+      rows: of a global batch that is not packed; eval_examples: examples of an evaluation's batch.
       cached_reference: the reference scores all rows once, before the first step.
       schedule: update -> learning rate.
       state: the abstract TrainState with its shardings, for restoring.
       reference: the abstract weights of a fixed reference, with their shardings.
-      train_step: jitted (state, None, batch) -> (state, metrics); the state is donated.
+      train_step: jitted (state, frozen weights, batch) -> (state, metrics); the state is donated.
       score: jitted (reference weights, batch) -> ref_logps [R, T].
       score_once: the same of a batch that is no larger than a micro-batch.
-      examples: jitted (weights, None, batch) -> per-pair values on every device.
+      examples: jitted (trainable weights, frozen ones, batch) -> values of each example on every device.
       sync: jitted state -> state with the reference moved; None for a fixed one.
     """
 
@@ -150,11 +206,12 @@ class Programs:
     ):
         self.config, self.mesh, self.cfg, self.ref_cfg, self.steps = config, mesh, cfg, ref_cfg, steps
         self.attention = attention.choose(cfg, mesh)
-        terms, options = config_lib.loss_arguments(config)
-        self.objective = objectives.pairwise(cfg, terms, **options)
-        self.rows = self.objective.rows_per_example * config.batch_size
+        self.objective = objective_of(config, cfg)
+        spec = adapters_of(config, cfg)
+        self.frozen: lora.Frozen | None = None
+        self.rows = self.objective.width * config.batch_size
         self.cached_reference = config.reference.mode == "cached"
-        self.eval_pairs = config.eval.batch_size or config.batch_size // config.gradient_accumulation_steps
+        self.eval_examples = config.eval.batch_size or config.batch_size // config.gradient_accumulation_steps
         o = config.optim.to_dict()
         self.schedule = optim.make_schedule(
             o["schedule"],
@@ -174,17 +231,24 @@ class Programs:
             max_grad_norm=o["max_grad_norm"],
             nonfinite=o["nonfinite"],
             schedule=self.schedule,
+            dropout_seed=config.seed if spec is not None and spec.dropout else None,
         )
         whole = sharding.replicated(mesh)
-        self._shardings = sharding.param_shardings(mesh, models.declare(cfg))
+        self._model_shardings = sharding.param_shardings(mesh, models.declare(cfg))
         self._ref_shardings = sharding.param_shardings(mesh, models.declare(ref_cfg))
-        params = models.abstract(cfg, np.float32, self._shardings)
+        if spec is None:
+            params = models.abstract(cfg, np.float32, self._model_shardings)
+        else:
+            params = lora.abstract(cfg, spec, mesh)
+            self.frozen = frozen.abstract(cfg, spec, mesh, config.model.quantize)
+        self._shardings = jax.tree.map(lambda x: x.sharding, params)
         moving = config.reference.sync_every > 0
 
         def new_state(params: models.Params, ref_params: models.Params | None = None) -> step_lib.TrainState:
+            aux = self.objective.init_aux()
             if moving:  # XLA gives each output its own buffer, so the reference may be the policy's first weights
-                return step_lib.init_state(params, tx, reference=params if ref_params is None else ref_params)
-            return step_lib.init_state(params, tx)
+                aux["reference"] = params if ref_params is None else ref_params
+            return step_lib.init_state(params, tx, **aux)
 
         abstract = jax.eval_shape(new_state, params)
         shardings = abstract._replace(
@@ -194,10 +258,13 @@ class Programs:
             aux={name: self._shardings if name == "reference" else whole for name in abstract.aux},
         )
         self.state = _placed(abstract, shardings)
-        ref_params = models.abstract(ref_cfg)
-        self.reference = _placed(
-            jax.eval_shape(functools.partial(reference.frozen_copy, ref_cfg), ref_params), self._ref_shardings
-        )
+        if self.frozen is not None and config.reference.path is None:
+            self.reference = self.frozen.base
+        else:
+            ref_params = models.abstract(ref_cfg)
+            self.reference = _placed(
+                jax.eval_shape(functools.partial(reference.frozen_copy, ref_cfg), ref_params), self._ref_shardings
+            )
         self._new_state = jax.jit(new_state, donate_argnums=0, out_shardings=shardings)
         jit = functools.partial(jax.jit, compiler_options=xla_flags.options(mesh))
         self.train_step = jit(step, donate_argnums=0, out_shardings=(shardings, whole))
@@ -250,31 +317,70 @@ class Run(Programs):
         self.on_progress: Callable[[str], object] = lambda what: None
 
         self._buckets = tuple(config.data.buckets) or None
-        pairs = batching.PairSource(
+        self._packing = {"packing": config.data.packing, "packed_length": config.data.packed_length}
+        self._rows_of = functools.partial(sharding.process_rows, mesh)
+        source = batching.ExampleSource(
             data.train,
             batch_size=config.batch_size,
             seed=config.seed,
             buckets=self._buckets,
             prefixes=config.data.prefixes,
-            rows=sharding.process_rows(mesh, 2 * config.batch_size),
+            **self._packing,
+            row_multiple=sharding.axis_size(sharding.ROWS, mesh) * config.gradient_accumulation_steps,
+            weigh=weigher(config.data.weight, data.train),
+            rows=self._rows_of,
         )
-        self.source: Callable[..., Any] = pairs
-        self.pairs_of = pairs.pairs_of
-        super().__init__(config, mesh, cfg, ref_cfg, steps=config.steps or pairs.steps(config.epochs))
+        self.source: Callable[..., Any] = source
+        self.slots_of = source.slots_of
+        super().__init__(config, mesh, cfg, ref_cfg, steps=config.steps or source.steps(config.epochs))
         self.begins_at_reference = ref_path is None and self.objective.needs_reference
         self._score_pairs = config.batch_size // config.gradient_accumulation_steps
 
     @functools.cached_property
     def _initial(self) -> models.Params:
-        """The policy's first weights in float32, until `new_state` or `release` gives them up."""
-        if self.config.model.path is not None:
-            return self._load(self.config.model.path, self.cfg, self._shardings)
-        init = jax.jit(functools.partial(models.init, self.cfg), out_shardings=self._shardings)
-        return init(jax.random.key(self.config.seed))
+        """The policy's first weights in float32, until `new_state` or `release` gives them up; under LoRA adapters."""
+        if self.frozen is None:
+            return self._model()
+        if self.config.lora.path is not None:
+            return self._first_adapter
+        init = functools.partial(lora.init, self.cfg, spec=self.frozen.spec)
+        key = jax.random.key(self.config.seed)
+        return jax.jit(init, out_shardings=self._shardings)(key, base=None if self.base is None else self.base.base)
 
-    def _load(self, path: str, cfg: ModelConfig, shardings: Any) -> models.Params:
+    def _model(self, keep: Any = None) -> models.Params:
+        """The weights at model.path, or random ones, in float32; or what `keep` makes of each."""
+        if self.config.model.path is not None:
+            return self._load(self.config.model.path, self.cfg, self._model_shardings, keep)
+        init = jax.jit(functools.partial(models.init, self.cfg), out_shardings=self._model_shardings)
+        params = init(jax.random.key(self.config.seed))
+        return params if keep is None else lora.nest({path: keep(path, x) for path, x in lora.flat(params).items()})
+
+    @functools.cached_property
+    def base(self) -> lora.Frozen | None:
+        """Under LoRA the frozen weights, each cast or quantised as it is read; else None."""
+        if self.frozen is None:
+            return None
+        keep = frozen.keeper(self.cfg, self.frozen.spec, self.mesh, self.config.model.quantize)
+        return lora.Frozen(self._model(keep), self.frozen.spec)
+
+    @property
+    def _first_adapter(self) -> models.Params | None:
+        """The adapter that a run begins with, if it is not a new one; a new one changes nothing."""
+        path = self.config.lora.path
+        if self.frozen is None or path is None:
+            return None
+        trained_beside = peft_files.read_config(path, self.cfg).base_hash
+        lora.check_base(trained_beside, self._base_identity, what=f"the adapter {path}")
+        return peft_files.load(path, self.cfg, mesh=self.mesh)[1]
+
+    def whole(self, params: models.Params) -> models.Params:
+        """All weights of the model that `params`, a state's, train: themselves, or the frozen ones with adapters."""
+        return lora.attach(self.base, params)
+
+    def _load(self, path: str, cfg: ModelConfig, shardings: Any, keep: Any = None) -> models.Params:
         began = time.perf_counter()
-        params = hf.load(path, cfg, dtype="float32", shardings=shardings)[1]
+        options = {} if keep is None else {"keep": keep}
+        params = hf.load(path, cfg, dtype="float32", shardings=shardings, head=self.objective.head, **options)[1]
         log.info("read %s in %.1f s", path, time.perf_counter() - began)
         return params
 
@@ -282,6 +388,8 @@ class Run(Programs):
     def reference_params(self) -> models.Params:
         """The fixed reference's weights, in the compute dtype."""
         path = self.config.reference.path
+        if path is None and self.frozen is not None:
+            return lora.attach(self.base, self._first_adapter)  # no copy of the frozen weights
         params = self._initial if path is None else self._load(path, self.ref_cfg, self._ref_shardings)
         return jax.jit(functools.partial(reference.frozen_copy, self.ref_cfg))(params)
 
@@ -317,17 +425,17 @@ class Run(Programs):
 
     def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """A host batch of training on the mesh."""
-        return reference.place(self.mesh, batch, self.rows)
+        return reference.place(self.mesh, batch)
 
     def score_reference(self, say: Callable[[str], None]) -> None:
         """Scores what is scored once: the training rows for reference.mode=cached, and the evaluation rows."""
         if self.cached_reference:
             lookup = self._cached(self.data.train, self._score_pairs, "training", say)
-            rows = sharding.process_rows(self.mesh, self.rows)
-            pairs = self.source
+            rows = self._rows_of(self.rows)
+            examples = self.source
 
             def source(n: int, view: Any = None) -> Any:
-                batch = pairs(n, view)
+                batch = examples(n, view)
                 return {**batch, "ref_logps": lookup(batch, rows)}
 
             self.source = source
@@ -336,7 +444,7 @@ class Run(Programs):
             held_out = self.data.held_out
             self._eval_data = held_out if limit is None else held_out.select(np.arange(min(limit, len(held_out))))
             if self.objective.needs_reference and self.sync is None:
-                self._eval_reference = self._cached(self._eval_data, self.eval_pairs, "evaluation", say)
+                self._eval_reference = self._cached(self._eval_data, self.eval_examples, "evaluation", say)
 
     def reference_file(self, prepared: sources.Prepared) -> epath.Path:
         """Where the reference's log-probs of these pairs are kept: beside the tokenized rows."""
@@ -370,12 +478,27 @@ class Run(Programs):
             mesh=self.mesh,
             batch_size=pairs,
             buckets=self._buckets,
+            **self._packing,
             on_progress=tell,
         )
 
     @functools.cached_property
     def _policy_identity(self) -> str:
+        """Of the policy as it begins."""
+        if self.frozen is None:
+            return self._base_identity
+        adapter = self.config.lora.path and hf.fingerprint(self.config.lora.path)
+        what = [self._base_identity, self.config.model.quantize, adapter]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    @functools.cached_property
+    def _base_identity(self) -> str:
         return self._identity(self.config.model.path)
+
+    @property
+    def base_hash(self) -> str | None:
+        """Under LoRA what the frozen weights are known by; else None."""
+        return None if self.frozen is None else self._base_identity
 
     def _identity(self, path: str | None) -> str:
         """Of the weights at `path`, or of the random ones."""
@@ -390,18 +513,24 @@ class Run(Programs):
         Where the policy is `untrained` and so still the reference that has scored them, its log-probs come with them.
         """
         is_known = untrained and self.begins_at_reference
-        n_rows = 2 * self.eval_pairs
-        rows = sharding.process_rows(self.mesh, n_rows)
-        batches = batching.EvalBatches(self._eval_data, batch_size=self.eval_pairs, buckets=self._buckets, rows=rows)
+        batches = batching.EvalBatches(
+            self._eval_data,
+            batch_size=self.eval_examples,
+            buckets=self._buckets,
+            **self._packing,
+            row_multiple=sharding.axis_size(sharding.ROWS, self.mesh),
+            rows=self._rows_of,
+        )
+        rows = self._rows_of(batches.n_rows)
         for n in range(len(batches)):
             self.on_progress(f"batch {n} of {len(batches)} of an evaluation")
             batch = batches[n]
             if not self.objective.needs_reference:
-                yield reference.place(self.mesh, batch, n_rows)
+                yield reference.place(self.mesh, batch)
             elif self.sync is None:
                 logps = self._eval_reference(batch, rows)
                 known = {"logps": logps} if is_known else {}
-                yield reference.place(self.mesh, {**batch, "ref_logps": logps, **known}, n_rows)
+                yield reference.place(self.mesh, {**batch, "ref_logps": logps, **known})
             else:
-                placed = reference.place(self.mesh, batch, n_rows)
+                placed = reference.place(self.mesh, batch)
                 yield {**placed, "ref_logps": self.score_once(state.aux["reference"], placed)}

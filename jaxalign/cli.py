@@ -17,7 +17,8 @@ from jaxalign.messages import did_you_mean
 COMMANDS = {
     "train": "train a model; the same command continues a run that was cut off",
     "generate": "complete prompts, or chat",
-    "evaluate": "reward accuracy, margin and perplexity of any model on preference pairs",
+    "evaluate": "reward accuracy, margin, perplexity or attribute errors of any model, with intervals",
+    "score": "score rows of prompts and responses by a reward model",
     "export": "write a run's checkpoint as a Hugging Face folder",
     "preview": "show a config's rows as tokens, with the mask, counts and dropped rows",
     "preflight": "compile a config for a TPU topology or this machine, without running it: memory, fit, collectives",

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from jaxalign.config_keys import BY_NAME, KEYS, coerce, from_text, literal, members, nearest, plain, type_name, unknown
 from jaxalign.messages import did_you_mean
+from jaxalign.user_code import beside, is_function
 
 RESUME_MAY_CHANGE = (
     "workdir", "steps", "epochs", "resume", "compilation_cache", "watchdog_minutes", "log", "eval", "samples",
@@ -71,6 +72,8 @@ def load(source: str, overrides: Sequence[str] = (), arg: str | None = None) -> 
     given, default_workdir = _read(source, arg)
     problems: dict[str, str] = {}
     flat = _flatten(given)
+    if is_function(flat.get("data.weight")):
+        flat["data.weight"] = beside(flat["data.weight"], Path(source.partition(".py:")[0]).parent)
     for text in overrides:
         name, equals, value = text.removeprefix("config.").partition("=")
         if not equals:
@@ -108,13 +111,15 @@ def validate(
 
 
 def loss_arguments(config: ConfigDict) -> tuple[dict[str, float], dict[str, Any]]:
-    """What `objectives.pairwise` wants of `loss.*`: {term: weight} in the order of loss.name, and the options set.
+    """What `objectives.make` wants of `loss.*`: {term: weight} in the order of loss.name, and the options set.
 
     A key at its default is left to the losses, which may have different ones of their own.
     """
     names = config.loss.name.split("+")
     weights = config.loss.weights or (1.0,) * len(names)
-    options = frozenset[str]().union(*(_loss_options(name) or () for name in names))
+    from jaxalign import objectives
+
+    options = frozenset[str]().union(*(objectives.options_of(name) for name in names))
     values = {name: config.loss[name] for name in sorted(options)}
     given = {name: value for name, value in values.items() if value != BY_NAME[f"loss.{name}"].default}
     return dict(zip(names, weights, strict=True)), given
@@ -376,6 +381,8 @@ def _contradictions(c: ConfigDict, given: Given) -> Iterator[Problem]:
     yield from ((names, text) for wrong, names, text in rules if wrong)
     yield from _batch_contradictions(c, given.n_devices)
     yield from _loss_contradictions(c)
+    yield from _lora_contradictions(c)
+    yield from _packing_contradictions(c, _known_terms(c)[0])
     yield from _best_contradictions(c, given)
     for name, value in _flatten(c).items():
         if isinstance(value, str) and _SECRET.search(value):
@@ -433,19 +440,17 @@ def _batch_contradictions(c: ConfigDict, n_devices: int | None) -> Iterator[Prob
 
 
 def _loss_contradictions(c: ConfigDict) -> Iterator[Problem]:
-    terms = c.loss.name.split("+")
-    nameless = [term for term in terms if _loss_options(term) is None]
-    if nameless:
-        from jaxalign.losses import LOSSES
+    from jaxalign import objectives
 
-        hint = did_you_mean(nameless[0], LOSSES)
-        yield ("loss.name",), f"loss.name: {nameless[0]!r} is none of {', '.join(LOSSES)}, or sft in a sum{hint}"
-    elif terms == ["sft"]:
-        yield ("loss.name",), "loss.name: sft is only a term of a sum here, such as sigmoid+sft"
-    else:
-        yield from _option_contradictions(c, [term for term in terms if term != "sft"])
+    terms = c.loss.name.split("+")
     if len(set(terms)) != len(terms):
         yield ("loss.name",), f"loss.name = {c.loss.name!r} names a term twice: give it one weight"
+    try:
+        objectives.check_names(terms)
+    except ValueError as error:
+        yield ("loss.name",), f"loss.name: {error}"
+        return
+    yield from _option_contradictions(c, terms)
     if len(terms) > 1 and c.loss.weights and len(c.loss.weights) != len(terms):
         text = f"loss.weights has {len(c.loss.weights)} numbers for the {len(terms)} terms of {c.loss.name!r}"
         yield ("loss.weights", "loss.name"), text
@@ -453,24 +458,75 @@ def _loss_contradictions(c: ConfigDict) -> Iterator[Problem]:
 
 def _option_contradictions(c: ConfigDict, terms: Sequence[str]) -> Iterator[Problem]:
     """Options that some of the terms take and that can't stand with the others."""
-    from jaxalign.losses import LOG_PROB_OPTIONS, check_terms
+    from jaxalign.losses import LOG_PROB_OPTIONS, LOSSES, check_terms
 
+    pairwise = [term for term in terms if term in LOSSES]
     for option in LOG_PROB_OPTIONS:
-        if any(option in (_loss_options(term) or ()) for term in terms):  # else it has no effect at all
+        if any(option in LOSSES[term].options for term in pairwise):  # else it has no effect at all
             try:
-                check_terms(terms, {option: c.loss[option]})
+                check_terms(pairwise, {option: c.loss[option]})
             except ValueError as error:
                 yield (f"loss.{option}", "loss.name"), f"loss.{error}"
     if "exo_pair" in terms and c.loss.label_smoothing == 0:
         text = "loss.label_smoothing is 0, but exo_pair divides by it: set a small one, e.g. 0.001"
         yield ("loss.label_smoothing", "loss.name"), text
+    columns, weights = c.data.score_columns, c.loss.reward_weights
+    if "attributes" in terms and not columns:
+        yield ("data.score_columns", "loss.name"), "data.score_columns is missing: the columns that attributes learns"
+    elif "attributes" in terms and weights and len(weights) != len(columns):
+        text = f"loss.reward_weights has {len(weights)} numbers for the {len(columns)} data.score_columns"
+        yield ("loss.reward_weights", "data.score_columns"), text
+
+
+def kind(config: ConfigDict) -> str:
+    """What an example of the run's data is: see `objectives.WIDTHS`."""
+    from jaxalign import objectives
+
+    return objectives.kind_of(config.loss.name.split("+"))
+
+
+def head(config: ConfigDict) -> str:
+    """The head of the run's model: lm, or score where it gives rewards."""
+    from jaxalign import objectives
+
+    return objectives.LOSSES[config.loss.name.partition("+")[0]].head
+
+
+def is_lora(config: ConfigDict) -> bool:
+    """Whether adapters are trained beside frozen weights."""
+    return bool(config.lora.rank or config.lora.path)
 
 
 def needs_reference(config: ConfigDict) -> bool:
     """Whether the objective compares with a reference model."""
-    from jaxalign.losses import LOSSES
+    from jaxalign import objectives
 
-    return any(LOSSES[name].needs_reference for name in config.loss.name.split("+") if name in LOSSES)
+    return objectives.needs_reference(config.loss.name.split("+"))
+
+
+def _lora_contradictions(c: ConfigDict) -> Iterator[Problem]:
+    if not is_lora(c):
+        return
+    if c.lora.path is not None and c.lora.rank:
+        text = f"lora.rank is {c.lora.rank}, but the adapter {c.lora.path!r} has its own: set it to 0"
+        yield ("lora.path", "lora.rank"), text
+    if c.reference.sync_every:
+        text = "reference.sync_every moves the reference's weights, which under LoRA are the frozen ones: set it to 0"
+        yield ("reference.sync_every", "lora.rank"), text
+
+
+def _packing_contradictions(c: ConfigDict, kind: str | None) -> Iterator[Problem]:
+    if c.data.packing == "off":
+        return
+    if c.data.prefixes:
+        text = "data.prefixes is for rows that are not packed: data.packing=shared lets all prompts stand once"
+        yield ("data.prefixes", "data.packing"), text
+    if c.data.packing == "shared" and kind in ("chats", "scored"):
+        text = f"data.packing=shared, but an example of the loss {c.loss.name!r} has one sequence: set it to on"
+        yield ("data.packing", "loss.name"), text
+    if c.data.packing == "shared" and c.model.attention not in ("auto", "xla"):
+        text = f"data.packing=shared needs model.attention=xla, not {c.model.attention}; or set data.packing to on"
+        yield ("data.packing", "model.attention"), text
 
 
 def _best_contradictions(c: ConfigDict, given: Given) -> Iterator[Problem]:
@@ -498,14 +554,23 @@ def _best_contradictions(c: ConfigDict, given: Given) -> Iterator[Problem]:
 
 def _inert(c: ConfigDict, given: Given) -> Iterator[Problem]:
     """Keys away from their default that change nothing, given the others."""
-    terms = [options for options in map(_loss_options, c.loss.name.split("+")) if options is not None]
-    taken = {f"loss.{option}" for options in terms for option in options}
+    from jaxalign import objectives
+
+    kind, terms = _known_terms(c)
+    taken = {f"loss.{option}" for term in terms for option in objectives.options_of(term)}
     of_loss = [name for name in _section("loss") if name not in ("loss.name", "loss.weights", *taken)]
     options = _optimizer_options(c.optim.name)
     of_optimizer = [name for name in _OPTIMIZER_KEYS if options is not None and name.partition(".")[2] not in options]
     no_eval = not _names_eval(c) and not given.eval_dataset
     rules: list[tuple[bool, Sequence[str], str]] = [
         *((bool(terms), [name], f"loss {c.loss.name!r} doesn't take it, only {_takers(name)}") for name in of_loss),
+        (kind not in (None, "chats"), ["data.train_on"], f"loss {c.loss.name!r} scores responses"),
+        (bool(terms) and "attributes" not in terms, ["data.score_columns"], "only the loss attributes learns scores"),
+        (c.data.packing == "off", ["data.packed_length"], "data.packing is off"),
+        (c.data.packing != "off", ["data.buckets"], "packed rows have one length: data.packed_length"),
+        (not is_lora(c), [*_section("lora", without="rank"), "model.quantize"], "lora.rank is 0: all is trained"),
+        (c.lora.path is not None, [f"lora.{name}" for name in ("alpha", "targets", "rslora", "modules_to_save")],
+         f"the adapter {c.lora.path!r} has its own"),
         ("loss.f_alpha_divergence_coef" in taken and c.loss.f_divergence_type != "alpha_divergence",
          ["loss.f_alpha_divergence_coef"], f"loss.f_divergence_type is {c.loss.f_divergence_type}"),
         (bool(terms) and not needs_reference(c), _section("reference"), f"loss {c.loss.name!r} has no reference"),
@@ -539,20 +604,23 @@ def _names_eval(c: ConfigDict) -> bool:
     return bool(c.data.eval.path or c.data.eval.split or c.data.eval.fraction)
 
 
-def _loss_options(name: str) -> frozenset[str] | None:
-    """The keywords that a term of loss.name takes; None for a name that doesn't exist."""
-    if name == "sft":
-        return frozenset()
-    from jaxalign.losses import LOSSES
+def _known_terms(c: ConfigDict) -> tuple[str | None, list[str]]:
+    """The kind of examples and the terms of a loss.name that stands; (None, []) for one that doesn't."""
+    from jaxalign import objectives
 
-    return frozenset(LOSSES[name].options) if name in LOSSES else None
+    terms = c.loss.name.split("+")
+    try:
+        objectives.check_names(terms)
+    except ValueError:
+        return None, []
+    return objectives.kind_of(terms), terms
 
 
 def _takers(key: str) -> str:
     """The losses that take the option `key`."""
-    from jaxalign.losses import LOSSES
+    from jaxalign import objectives
 
-    return ", ".join(name for name, loss in LOSSES.items() if key.removeprefix("loss.") in loss.options)
+    return ", ".join(objectives.takers(key.removeprefix("loss.")))
 
 
 def _optimizer_options(name: str) -> frozenset[str] | None:

@@ -41,7 +41,7 @@ KEYS: tuple[Key, ...] = (
     Key("steps", None, int | None, "Optimizer updates to make; give either steps or epochs.", range="[1, inf)"),
     Key("epochs", None, float | None, "Passes over the training data; a fraction is allowed.", range="(0, inf)"),
     Key("seed", 0, int, "Seed of the order of the data, of sampling and of random weights.", range="[0, 2147483647]"),
-    Key("batch_size", 64, int, "Pairs (rows, for losses without pairs) per update, over all devices and all "
+    Key("batch_size", 64, int, "Examples (pairs, or rows for losses without pairs) per update, over all devices and all "
         "accumulation steps.", range="[1, inf)"),
     Key("gradient_accumulation_steps", 1, int, "Micro-batches that one update is split into; must divide batch_size. "
         "Changes memory, not the result.", range="[1, inf)"),
@@ -67,15 +67,43 @@ KEYS: tuple[Key, ...] = (
         "GPUs, xla: anywhere, with all scores in memory; auto: the kernel where it can run (the log says why not).",
         choices=("auto", "xla", "splash", "cudnn")),
 
+    Key("model.quantize", None, str | None, "Keep the frozen weights of a LoRA run in 8 bits (int8) or 4 (nf4: QLoRA).",
+        choices=("int8", "nf4")),
+
+    Key("lora.rank", 0, int, "Train low-rank adapters of this rank beside frozen weights (LoRA); 0: train all weights.",
+        range="[0, inf)"),
+    Key("lora.alpha", None, float | None, "An adapter's output is scaled by alpha / rank. None: 2 x rank.",
+        range="(0, inf)"),
+    Key("lora.targets", ("all-linear",), tuple[str, ...], "Projections that get an adapter: names (q_proj), regexes of "
+        "whole paths, or all-linear (all seven)."),
+    Key("lora.dropout", 0.0, float, "Share of an adapter's inputs that is dropped in training.", range="[0, 1)"),
+    Key("lora.rslora", False, bool, "Scale by alpha / sqrt(rank) instead (rsLoRA)."),
+    Key("lora.modules_to_save", (), tuple[str, ...], "Modules trained whole beside the adapters, e.g. embed_tokens, "
+        "lm_head."),
+    Key("lora.path", None, str | None, "PEFT folder of an adapter to begin with; rank, alpha and targets are its own."),
+
     Key("tokenizer.path", None, str | None, "Folder, GGUF file, hub id or package:NAME/FILE; bytes: the built-in byte "
         "tokenizer. None: the model's own."),
+    Key("tokenizer.chat_template", None, str | None, "Chat template: Jinja text, a file, or a name (chatml). None: the "
+        "tokenizer's own."),
+    Key("tokenizer.special_tokens", None, dict | None, "Special tokens to set, e.g. {'eos_token': '<|im_end|>'}; one "
+        "that is new is added."),
+    Key("tokenizer.add_tokens", (), tuple[str, ...], "Tokens to add; the embedding grows by rows of its mean."),
 
     Key("data.path", None, str | None, "Training rows: a file (json, jsonl, csv, parquet; also .gz) or a glob (gs:// "
         "too), a folder of a data set, a hub id, or package:NAME/FILE."),
     Key("data.split", None, str | None, "Split of a data set that has several. None: train."),
     Key("data.name", None, str | None, "Configuration (subset) of a hub data set."),
     Key("data.format", "auto", str, "How a row is read; auto: by its columns."),
-    Key("data.chat_template", None, str | None, "Jinja text of the chat template. None: the tokenizer's own."),
+    Key("data.train_on", "assistant", str, "sft, dft: score all turns of the assistant, the last one, or all tokens.",
+        choices=("assistant", "last", "all")),
+    Key("data.weight", None, str | None, "Weight of each example: a column, or FILE.function(rows, step) -> floats beside "
+        "the config. None: 1 each."),
+    Key("data.score_columns", (), tuple[str, ...], "attributes: the columns of the scores, one for each head."),
+    Key("data.packing", "off", str, "Put several examples into a row. on: each sequence apart; shared: the prompt of an "
+        "example's sequences stands once (attention by XLA).", choices=("off", "on", "shared")),
+    Key("data.packed_length", None, int | None, "Tokens of a packed row. None: as many as the longest example needs, at "
+        "least max_length.", range="[2, inf)"),
     Key("data.on_long", "truncate", str, "Rows above max_length: truncate (keeps the response's beginning) or drop.",
         choices=("truncate", "drop")),
     Key("data.max_prompt_length", None, int | None, "Rows with a longer prompt are dropped; a prompt is never cut.",
@@ -105,9 +133,11 @@ KEYS: tuple[Key, ...] = (
         range="[-1, inf)"),
     Key("mesh.sequence", 1, int, "Devices along the sequence axis: a row's tokens are split.", range="[-1, inf)"),
 
-    Key("loss.name", "sigmoid", str, "The objective, or a sum such as sigmoid+sft. Against a reference: sigmoid (DPO), "
-        "hinge, ipo, robust, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, aot, "
-        "aot_unpaired. Without one: orpo, simpo, cpo, cpo_hinge, cpo_ipo."),
+    Key("loss.name", "sigmoid", str, "The objective, or a sum such as sigmoid+sft. Pairs against a reference: sigmoid "
+        "(DPO), hinge, ipo, robust, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, "
+        "aot, aot_unpaired; without one: orpo, simpo, cpo, cpo_hinge, cpo_ipo, and with a third response tpo, tpo_hinge, "
+        "tpo_ipo. Labelled responses: kto, apo_zero_unpaired, bco. Chats and texts: sft, dft. Reward models: reward "
+        "(pairs), attributes (scores)."),
     Key("loss.weights", (), tuple[float, ...], "Weights of the terms of a sum, in its order; (): 1 each."),
     Key("loss.beta", None, float | None, "Strength of the pull towards the reference (ipo: its tau; simpo, cpo: scale "
         "of the rewards; orpo: weight beside the NLL). None: the loss's own (simpo 2, others 0.1).", range="(0, inf)"),
@@ -127,6 +157,13 @@ KEYS: tuple[Key, ...] = (
     Key("loss.alpha", 0.0, float, "simpo and cpo*: alpha of AlphaPO's reward (1 - p^-alpha) / alpha; 0: log p."),
     Key("loss.cpo_alpha", None, float | None, "simpo and cpo*: weight of the chosen responses' token NLL. None: the "
         "loss's own (simpo 0, others 1).", range="[0, inf)"),
+    Key("loss.desirable_weight", 1.0, float, "kto: weight of the desirable responses' losses.", range="[0, inf)"),
+    Key("loss.undesirable_weight", 1.0, float, "kto: weight of the undesirable responses' losses.", range="[0, inf)"),
+    Key("loss.tpo_alpha", 1.0, float, "tpo*: weight of the reference responses' token NLL.", range="[0, inf)"),
+    Key("loss.center_rewards_coefficient", 0.0, float, "reward: weight of the squared sum of a pair's rewards, which "
+        "holds them around 0.", range="[0, inf)"),
+    Key("loss.reward_weights", (), tuple[float, ...], "attributes: what each score counts in the one reward; a harmful "
+        "attribute's is negative. (): their mean."),
 
     Key("reference.mode", "live", str, "live: scored before each step. cached: all rows scored once before the first "
         "step and kept on disk.", choices=("live", "cached")),

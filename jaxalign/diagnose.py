@@ -20,7 +20,7 @@ class NonFinite(RuntimeError):
 def report(run: Any, state: Any, n: int, values: dict[str, float], folder: epath.Path) -> NonFinite:
     """Writes `<folder>/nonfinite/step_<n>.json` about the batch of step n, and returns the error to raise.
 
-    The report holds the loss, rewards and log-probs of each pair with its row number and text, and the gradient's norm
+    The report holds the loss, rewards and log-probs of each example with its row number and text, and the gradient's norm
     in each weight, for stacked ones in each layer: computed anew from the state before the step, which is unchanged.
 
     Args:
@@ -34,14 +34,14 @@ def report(run: Any, state: Any, n: int, values: dict[str, float], folder: epath
     batch = run.place(host_batch)
     if (ref_params := run.reference_of(state)) is not None:
         batch["ref_logps"] = run.score(ref_params, batch)
-    examples = {name: np.asarray(x) for name, x in jax.device_get(run.examples(state.params, None, batch)).items()}
-    norms = jax.jit(lambda *a: _norms(run.gradients(*a)[2]))(state.params, None, batch, state.aux)
+    examples = {name: np.asarray(x) for name, x in jax.device_get(run.examples(state.params, run.base, batch)).items()}
+    norms = jax.jit(lambda *a: _norms(run.gradients(*a)[2]))(state.params, run.base, batch, state.aux)
     rows = []
-    pairs = run.pairs_of(n - 1)
-    for place, pair in enumerate(pairs):
-        numbers = {name: _number(x[place]) for name, x in examples.items() if name != "valid"}
-        prepared = run.data.train
-        rows.append({"row": prepared.source_row(int(pair)), **numbers, "text": prepared.text(int(pair))})
+    prepared = run.data.train
+    for place, example in enumerate(run.slots_of(n - 1)):
+        if example >= 0:
+            numbers = {name: _number(x[place]) for name, x in examples.items() if name != "valid" and x.ndim == 1}
+            rows.append({"row": prepared.source_row(int(example)), **numbers, "text": prepared.text(int(example))})
     content = {
         "step": n,
         "loss": _number(values["loss"]),

@@ -1,6 +1,8 @@
-"""Evaluation of preference pairs: per-pair values over fixed batches, and their summary with errors."""
+"""Evaluation: values of each example over fixed batches, and their summary with errors."""
 
+import collections
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,60 +11,154 @@ import numpy as np
 
 from jaxalign import metrics, paths, reference
 
+Z = 1.959964  # of a 95% interval
+
 
 def evaluate(run: Any, state: Any, *, untrained: bool = False) -> dict[str, float]:
-    """The metrics of the policy in `state` over the evaluation pairs of a `build.Run`; `untrained`: before any step."""
-    examples = collect(run.examples, state.params, run.eval_batches(state, untrained=untrained))
-    return summarize(examples, run.objective.total(examples))
+    """The metrics of the policy in `state` over the evaluation rows of a `build.Run`; `untrained`: before any step."""
+    batches = run.eval_batches(state, untrained=untrained)
+    return summarize(run.objective, collect(run.examples, state.params, batches, run.base))
 
 
 def collect(
     examples: Callable[[Any, Any, Mapping[str, jax.Array]], dict[str, jax.Array]],
     params: Any,
     batches: Iterable[Mapping[str, jax.Array]],
+    frozen: Any = None,
 ) -> dict[str, np.ndarray]:
     """Per-example values of all batches, fillers left out: {name: [N]}.
 
     Args:
       examples: a jitted objective's `examples`, with replicated outputs.
-      params: the weights to evaluate.
+      params: the weights to evaluate, or adapters of `frozen` ones.
       batches: device batches, in order.
     """
-    found = [jax.device_get(examples(params, None, batch)) for batch in batches]
+    found = [jax.device_get(examples(params, frozen, batch)) for batch in batches]
     together = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     valid = together["valid"]
     return {name: x[valid] for name, x in together.items()}
 
 
-_VALUES = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+def summarize(objective: Any, examples: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Evaluation metrics of an objective's `examples`, with what tells chance from progress.
 
-
-def summarize(examples: Mapping[str, np.ndarray], loss: float) -> dict[str, float]:
-    """Evaluation metrics under TRL's names, with what tells chance from progress.
-
-    `eval_rewards/margins_se` is the margin's standard error over pairs; `eval_rewards/accuracies_low` and `_high` bound
-    the accuracy with 95% (Wilson). `eval_logps/accuracies` is how often the chosen response is the likelier one,
-    without a reference; it has bounds too.
+    `eval_loss`, `eval_examples`, and under TRL's names what `SUMMARIES` has for this form of examples. `..._se` is a
+    standard error over examples; `..._low` and `..._high` bound a share with 95% (Wilson), a perplexity by the loss's.
     """
+    found = {"eval_loss": objective.total(examples)} | SUMMARIES[form(objective)](examples)
+    return found | {"eval_examples": len(examples["valid"])}
+
+
+def form(objective: Any) -> str:
+    """Which of SUMMARIES describes an objective's examples."""
+    return "reward" if (objective.kind, objective.head) == ("pairs", "score") else str(objective.kind)
+
+
+def headline(names: Iterable[str]) -> str:
+    """The metric, of those found, that says most in one number; it has a standard error."""
+    return next(name for name in ("eval_margin", "eval_rewards/margins", "eval_loss") if f"{name}_se" in names)
+
+
+def _pairs(examples: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """`eval_logps/accuracies` is how often the chosen response is the likelier one, without a reference."""
     margins = examples["rewards/chosen"] - examples["rewards/rejected"]
-    mean, error = metrics.mean_se(margins)
-    result = {"eval_loss": loss, "eval_rewards/margins": mean, "eval_rewards/margins_se": error}
-    for name in _VALUES:
-        result[f"eval_{name}"] = float(examples[name].mean(dtype=np.float64))
-    for name, right in (
-        ("eval_rewards/accuracies", margins > 0),
-        ("eval_logps/accuracies", examples["logps/chosen"] > examples["logps/rejected"]),
-    ):
-        low, high = metrics.wilson(int(right.sum()), len(right))
-        result |= {name: float(right.mean()), f"{name}_low": low, f"{name}_high": high}
-    result |= {f"eval_{name}": float(x.mean(dtype=np.float64)) for name, x in examples.items() if "log_odds" in name}
-    result["eval_pairs"] = len(margins)
-    return result
+    found = _mean("eval_rewards/margins", margins)
+    for name in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
+        found[f"eval_{name}"] = float(examples[name].mean(dtype=np.float64))
+    found |= _share("eval_rewards/accuracies", margins > 0)
+    found |= _share("eval_logps/accuracies", examples["logps/chosen"] > examples["logps/rejected"])
+    odds = [name for name in examples if name.startswith("log_odds")]
+    return found | {f"eval_{name}": float(examples[name].mean(dtype=np.float64)) for name in odds}
 
 
-def names() -> list[str]:
-    """The names of the metrics that `summarize` gives."""
-    return list(summarize(dict.fromkeys(_VALUES, np.zeros(1)), 0.0))
+def _labelled(examples: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Desirable responses are the chosen ones; the margin is the difference of the two means."""
+    desirable = examples["label"] > 0.5
+
+    def of(name: str, side: np.ndarray) -> tuple[float, float]:
+        values = examples[name][side]
+        return metrics.mean_se(values) if len(values) else (math.nan, math.nan)
+
+    (chosen, chosen_error), (rejected, rejected_error) = of("rewards", desirable), of("rewards", ~desirable)
+    return {
+        "eval_rewards/margins": chosen - rejected,
+        "eval_rewards/margins_se": math.hypot(chosen_error, rejected_error),
+        "eval_rewards/chosen": chosen,
+        "eval_rewards/rejected": rejected,
+        "eval_logps/chosen": of("logps", desirable)[0],
+        "eval_logps/rejected": of("logps", ~desirable)[0],
+    }
+
+
+def _chats(examples: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The NLL of a token, in nats, and its exponential."""
+    nll, error = token_mean(examples["nll"], examples["tokens"])
+    correct, tokens = examples["correct"].sum(dtype=np.float64), examples["tokens"].sum(dtype=np.float64)
+    return {
+        "eval_nll": nll,
+        "eval_loss_se": token_mean(examples["loss"], examples["tokens"])[1],
+        **perplexity("eval_perplexity", nll, error),
+        "eval_mean_token_accuracy": float(correct / tokens),
+        "eval_tokens": float(tokens),
+    }
+
+
+def _reward(examples: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """A reward model's scores of pairs."""
+    chosen, rejected = examples["rewards/chosen"], examples["rewards/rejected"]
+    both = np.concatenate([chosen, rejected])
+    found = {f"eval_{name}_reward": float(getattr(both, name)()) for name in ("min", "mean", "max")}
+    return found | _mean("eval_margin", chosen - rejected) | _share("eval_accuracy", chosen > rejected)
+
+
+def _scored(examples: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Attribute scores: the squared error of one, and the composed rewards."""
+    _, error = token_mean(examples["loss"], examples["scores"])
+    return {"eval_loss_se": error, **_mean("eval_rewards", examples["rewards"])}
+
+
+SUMMARIES: dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, float]]] = {
+    "pairs": _pairs,
+    "triples": _pairs,
+    "labelled": _labelled,
+    "chats": _chats,
+    "reward": _reward,
+    "scored": _scored,
+}
+
+
+def names(objective: Any) -> list[str]:
+    """The names of the metrics that `summarize` gives, but for a mean of what only some losses log."""
+    numbers = collections.defaultdict(lambda: np.arange(1.0, 3.0))
+    return ["eval_loss", *SUMMARIES[form(objective)](numbers), "eval_examples"]
+
+
+def token_mean(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """(sum of sums / sum of tokens, its standard error): of a mean over tokens, those of one example not independent.
+
+    The error is that of a ratio of two means over examples (Cochran 1977, Sampling Techniques, 6.4); of one it is NaN.
+    """
+    values, n = np.asarray(sums, np.float64), len(sums)
+    total = np.asarray(tokens, np.float64).sum()
+    rate = values.sum() / total
+    if n == 1:
+        return float(rate), math.nan
+    return float(rate), math.sqrt(np.square(values - rate * tokens).sum() * n / (n - 1)) / float(total)
+
+
+def perplexity(name: str, nll: float, error: float) -> dict[str, float]:
+    """exp(nll of a token) with its 95% interval."""
+    return {name: math.exp(nll), f"{name}_low": math.exp(nll - Z * error), f"{name}_high": math.exp(nll + Z * error)}
+
+
+def _mean(name: str, values: np.ndarray) -> dict[str, float]:
+    mean, error = metrics.mean_se(values)
+    return {name: mean, f"{name}_se": error}
+
+
+def _share(name: str, right: np.ndarray) -> dict[str, float]:
+    low, high = metrics.wilson(int(right.sum()), len(right))
+    return {name: float(right.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
 def fixed_prompts(run: Any) -> list[Any]:
@@ -91,7 +187,7 @@ def completions(run: Any, params: Any) -> list[dict[str, Any]]:
     samples, tokenizer, prompts = run.config.samples, run.data.tokenizer, fixed_prompts(run)
     texts = generate.complete(
         run.cfg,
-        params,
+        run.whole(params),
         tokenizer,
         prompts,
         max_new_tokens=samples.max_new_tokens,
@@ -105,17 +201,26 @@ def completions(run: Any, params: Any) -> list[dict[str, Any]]:
 
 def line(step: int, found: Mapping[str, float]) -> str:
     """An evaluation in one line."""
-    kind = "rewards" if step else "logps"  # before the first step the policy is mostly its own reference
-    return (
-        f"step {step}: eval_loss {found['eval_loss']:.4f}, margin {found['eval_rewards/margins']:+.4f} "
-        f"(standard error {found['eval_rewards/margins_se']:.4f}), {_accuracy(found, kind)} over "
-        f"{found['eval_pairs']:.0f} pairs"
-    )
+    name = headline(found)
+    parts = [f"eval_loss {found['eval_loss']:.4f}" + (_error(found, name) if name == "eval_loss" else "")]
+    if name != "eval_loss":
+        parts.append(f"margin {found[name]:+.4f}{_error(found, name)}")
+    # Before the first step the policy is mostly its own reference.
+    kind = "accuracy" if "eval_accuracy" in found else "rewards/accuracies" if step else "logps/accuracies"
+    if f"eval_{kind}" in found:
+        parts.append(_accuracy(found, kind))
+    if "eval_perplexity" in found:
+        parts.append(f"perplexity {found['eval_perplexity']:.3f}")
+    return f"step {step}: {', '.join(parts)} over {found['eval_examples']:.0f} examples"
+
+
+def _error(found: Mapping[str, float], name: str) -> str:
+    return f" (standard error {found[f'{name}_se']:.4f})"
 
 
 def _accuracy(found: Mapping[str, float], kind: str) -> str:
-    name = f"eval_{kind}/accuracies"
-    what = {"rewards": "accuracy", "logps": "log-prob accuracy"}[kind]
+    name = f"eval_{kind}"
+    what = "log-prob accuracy" if kind.startswith("logps") else "accuracy"
     return f"{what} {found[name]:.3f} [{found[name + '_low']:.3f}, {found[name + '_high']:.3f}]"
 
 
@@ -125,17 +230,29 @@ def summary(before: Mapping[str, float], after: Mapping[str, float], samples: Se
     for prompt, old, new in samples:
         lines += [f"> {_shortened(prompt, from_end=True)}", f"  before  {_shortened(old)}"]
         lines += [f"  after   {_shortened(new)}"]
-    if after:
-        mean, error = after["eval_rewards/margins"], after["eval_rewards/margins_se"]
-        above = f" (standard error; {mean / error:.1f} of them above 0)" if error > 0 else ""
-        was = f"{before['eval_rewards/margins']:+.4f} before, " if before else ""
-        lines += [
-            f"held out, {after['eval_pairs']:.0f} pairs:",
-            f"  margin {was}{mean:+.4f} +- {error:.4f} after{above}",
-            f"  {_accuracy(after, 'rewards')} after (95% interval): how often the chosen answer has the larger reward",
-        ]
-        if before:
-            lines.append(f"  {_accuracy(before, 'logps')} before: how often it was the likelier one, no reference")
+    if not after:
+        return "\n".join(lines)
+    name = headline(after)
+    what, mean, error = "loss" if name == "eval_loss" else "margin", after[name], after[f"{name}_se"]
+    sign = "" if name == "eval_loss" else "+"
+    above = f" (standard error; {mean / error:.1f} of them above 0)" if sign and error > 0 else ""
+    was = f"{before[name]:{sign}.4f} before, " if before else ""
+    lines += [
+        f"held out, {after['eval_examples']:.0f} examples:",
+        f"  {what} {was}{mean:{sign}.4f} +- {error:.4f} after{above}",
+    ]
+    if "eval_perplexity" in after:
+        was = f"{before['eval_perplexity']:.3f} before, " if before else ""
+        bounds = f"[{after['eval_perplexity_low']:.3f}, {after['eval_perplexity_high']:.3f}]"
+        lines.append(f"  perplexity {was}{after['eval_perplexity']:.3f} {bounds} after")
+    if (kind := next((kind for kind in ("accuracy", "rewards/accuracies") if f"eval_{kind}" in after), None)) is None:
+        return "\n".join(lines)
+    lines.append(f"  {_accuracy(after, kind)} after (95% interval): how often the chosen answer has the larger reward")
+    if before and kind == "accuracy":
+        lines.append(f"  {_accuracy(before, kind)} before")
+    elif before:
+        likelier = _accuracy(before, "logps/accuracies")
+        lines.append(f"  {likelier} before: how often it was the likelier one, no reference")
     return "\n".join(lines)
 
 

@@ -1,14 +1,17 @@
-"""Any model on preference pairs: `python -m jaxalign.evaluate --model=my-model --config=configs/dpo_smollm2.py`.
+"""Any model on held-out rows: `python -m jaxalign.evaluate --model=my-model --config=configs/dpo_smollm2.py`.
 
     --model=PATH      Hugging Face folder, .gguf file, hub id, package:NAME, or the folder of a run (with --step)
-    --config=...      whose evaluation pairs, template, lengths, loss and mesh are taken; of a run by default its own
-    --data=FILE       other pairs than the config's
+    --config=...      whose evaluation rows, template, lengths, loss and mesh are taken; of a run by default its own
+    --data=FILE       other rows than the config's
     --reference=PATH  the model that rewards are measured against; by default the config's: what its policy begins as
     --json, --out     one JSON object on stdout; the same to a file
 
-The numbers are those that training logs for the same weights, with more intervals and the responses' perplexities. A
-reference that moved while a run trained is not used: rewards are measured against the one that it began with. With
-several processes start it on all hosts alike.
+The loss says what is measured: of preferences reward accuracy, margin and the responses' perplexities; of labelled
+responses the margin between the kinds and how well rewards tell them apart; of chats and texts the perplexity; of a
+reward model its accuracy and margin; of attribute scores error and correlation, one by one. All have a standard error
+and a 95% interval. The numbers are those that training logs for the same weights, with more intervals. A reference that
+moved while a run trained is not used: rewards are measured against the one that it began with. With several processes
+start it on all hosts alike.
 """
 
 import json
@@ -24,10 +27,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxalign import build, checkpoint, evals, hf, hosts, models, paths, run_folder, sharding, train
+from jaxalign import build, checkpoint, evals, export, hf, hosts, metrics, models, paths, run_folder, sharding, train
 from jaxalign import config as config_lib
-
-Z = 1.959964  # of a 95% interval
+from jaxalign.evals import Z
 
 
 def evaluate(
@@ -38,25 +40,24 @@ def evaluate(
     reference: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
-    """The metrics of `model` over the evaluation pairs of `config`, under the names that training logs.
+    """The metrics of `model` over the evaluation rows of `config`, under the names that training logs.
 
     Args:
       model: see `hf.resolve`; or the folder of a run.
-      config: as `config.load` gives it, with evaluation pairs.
+      config: as `config.load` gives it, with evaluation rows.
       step: of a run: "last", "best" or a number.
       reference: see `hf.resolve`; None: the config's reference, else its model (of a run: what the run began as).
       say: hears of progress.
 
     Returns:
-      `evals.summarize`'s metrics; besides eval_rewards/accuracies_se and eval_logps/accuracies_se, the margin's
-      interval eval_rewards/margins_low and _high, and eval_perplexity/chosen and /rejected with _low and _high.
+      `evals.summarize`'s metrics and `details`; each mean and share with `..._se`, `..._low` and `..._high`.
 
     Raises:
-      ValueError: model, reference, pairs, lengths and mesh do not go together, or something is not there.
+      ValueError: model, reference, rows, lengths and mesh do not go together, or something is not there.
     """
     config = _of_model(config_lib.validate(config, n_devices=jax.device_count()), model, reference)
     train.use_compilation_cache(config.compilation_cache)
-    data = _load_pairs(config)
+    data = _load_rows(config)
     config.eval.max_rows = None  # they are cut to it
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     with sharding.use_mesh(mesh):
@@ -65,34 +66,92 @@ def evaluate(
         run.cached_reference = True  # no step will ask the reference: it makes room for the model
         run.release()
         params = _load(model, run, step)
-        examples = evals.collect(run.examples, params, run.eval_batches(run.state._replace(params=params)))
-    found = evals.summarize(examples, run.objective.total(examples))
-    for name in ("eval_rewards/accuracies", "eval_logps/accuracies"):
-        found[f"{name}_se"] = math.sqrt(found[name] * (1 - found[name]) / found["eval_pairs"])
-    margin, error = found["eval_rewards/margins"], found["eval_rewards/margins_se"]
-    found |= {"eval_rewards/margins_low": margin - Z * error, "eval_rewards/margins_high": margin + Z * error}
-    for side in ("chosen", "rejected"):
-        value, low, high = perplexity(-examples[f"nll/{side}"], examples[f"{side}_tokens"])
-        name = f"eval_perplexity/{side}"
-        found |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        batches = run.eval_batches(run.state._replace(params=params))
+        examples = evals.collect(run.examples, params, batches, run.base)
+    found = evals.summarize(run.objective, examples)
+    return with_intervals(found | details(evals.form(run.objective), examples, run.cfg.labels))
+
+
+def details(form: str, examples: Mapping[str, np.ndarray], labels: Sequence[str] = ()) -> dict[str, float]:
+    """What an evaluation tells beyond what training logs, of `examples` of a form of `evals.SUMMARIES`.
+
+    eval_perplexity/chosen and /rejected (of labelled responses desirable and undesirable ones); eval_rewards/auc, how
+    often a desirable response has a larger reward than an undesirable one; of attribute models eval_mse/NAME and
+    eval_correlation/NAME (Pearson's) with the scores that people gave. `labels` are the attributes' names.
+    """
+    found: dict[str, float] = {}
+    if form in ("pairs", "triples"):
+        for side in ("chosen", "rejected"):
+            rate = evals.token_mean(examples[f"nll/{side}"], examples[f"{side}_tokens"])
+            found |= evals.perplexity(f"eval_perplexity/{side}", *rate)
+    elif form == "labelled":
+        label = examples["label"] > 0.5
+        for side, is_side in (("chosen", label), ("rejected", ~label)):
+            if is_side.any():
+                rate = evals.token_mean(-examples["logps"][is_side], examples["tokens"][is_side])
+                found |= evals.perplexity(f"eval_perplexity/{side}", *rate)
+        value, error = auc(examples["rewards"][label], examples["rewards"][~label])
+        found |= {"eval_rewards/auc": value, "eval_rewards/auc_se": error}
+    elif form == "chats":
+        value, error = evals.token_mean(examples["correct"], examples["tokens"])
+        found |= {"eval_mean_token_accuracy": value, "eval_mean_token_accuracy_se": error}
+    elif form == "scored":
+        values, targets = examples["values"], examples["targets"]
+        for k, name in enumerate(labels or map(str, range(values.shape[1]))):
+            known = ~np.isnan(targets[:, k])
+            mean, error = metrics.mean_se(np.square(values[known, k] - targets[known, k]))
+            found |= {f"eval_mse/{name}": mean, f"eval_mse/{name}_se": error}
+            found |= correlation(f"eval_correlation/{name}", values[known, k], targets[known, k])
     return found
 
 
-def perplexity(logps: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float]:
-    """exp(NLL per token) over responses and its 95% interval: (value, low, high).
+def with_intervals(found: Mapping[str, float]) -> dict[str, float]:
+    """The metrics; beside a mean's standard error its 95% interval, beside a share's interval its standard error."""
+    more = {}
+    for name, value in found.items():
+        if (error := found.get(f"{name}_se")) is not None and f"{name}_low" not in found:
+            more |= {f"{name}_low": value - Z * error, f"{name}_high": value + Z * error}
+        elif name.endswith(("accuracies", "accuracy")) and f"{name}_low" in found:
+            more[f"{name}_se"] = math.sqrt(value * (1 - value) / found["eval_examples"])
+    return {**found, **more}
 
-    The interval is that of a ratio of two means over responses (the tokens of one are not independent): Cochran 1977,
-    Sampling Techniques, 6.4. One response has the interval NaN.
 
-    Args:
-      logps: [N] the responses' log-probs. tokens: [N] their tokens.
+def auc(larger: np.ndarray, smaller: np.ndarray) -> tuple[float, float]:
+    """How often one of `larger` exceeds one of `smaller`, ties counted half: (value, standard error).
+
+    The error is DeLong's (1988, Biometrics 44): the variances of each side's share of wins. NaN where it is not known.
     """
-    nll, n = -np.asarray(logps, np.float64), len(logps)
-    rate = nll.sum() / tokens.sum()
-    error = math.nan
-    if n > 1:
-        error = math.sqrt(np.square(nll - rate * tokens).sum() * n / (n - 1)) / tokens.sum()
-    return float(np.exp(rate)), float(np.exp(rate - Z * error)), float(np.exp(rate + Z * error))
+    if not len(larger) or not len(smaller):
+        return math.nan, math.nan
+    ordered = np.sort(np.asarray(smaller, np.float64)), np.sort(np.asarray(larger, np.float64))
+    wins = _below(ordered[0], larger)
+    losses = 1 - _below(ordered[1], smaller)
+    if min(len(larger), len(smaller)) == 1:
+        return float(wins.mean()), math.nan
+    variance = wins.var(ddof=1) / len(larger) + losses.var(ddof=1) / len(smaller)
+    return float(wins.mean()), float(np.sqrt(variance))
+
+
+def _below(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The share of sorted numbers that is below each value, ties counted half."""
+    left, right = (np.searchsorted(ordered, np.asarray(values, np.float64), side) for side in ("left", "right"))
+    return (left + right) / (2 * len(ordered))
+
+
+def correlation(name: str, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Pearson's correlation with standard error and 95% interval (Fisher's transformation); NaN where not known."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    spread = x.std() * y.std() if len(x) > 3 else 0.0
+    if spread == 0:
+        return dict.fromkeys((name, f"{name}_se", f"{name}_low", f"{name}_high"), math.nan)
+    r = min(max(float(((x - x.mean()) * (y - y.mean())).mean() / spread), -1.0), 1.0)
+    z, error = np.arctanh(min(max(r, -1 + 1e-12), 1 - 1e-12)), 1 / math.sqrt(len(x) - 3)
+    return {
+        name: r,
+        f"{name}_se": (1 - r * r) * error,
+        f"{name}_low": math.tanh(z - Z * error),
+        f"{name}_high": math.tanh(z + Z * error),
+    }
 
 
 def is_run(model: str) -> bool:
@@ -108,11 +167,11 @@ def _of_model(config: ConfigDict, model: str, reference: str | None) -> ConfigDi
         raise ValueError(f"--reference={reference}: rewards of the loss {config.loss.name!r} need no reference")
     config.reference.mode, config.reference.sync_every = "live", 0
     if is_run(model):
-        saved = json.loads((paths.at(model) / run_folder.CONFIG_FILE).read_text())
-        config.model.path, config.model.random = saved["model"]["path"], saved["model"]["random"]
-        config.tokenizer.path = saved["tokenizer"]["path"]
-        config.reference.path = reference or saved["reference"]["path"]
+        saved = export.read_config(paths.at(model) / run_folder.CONFIG_FILE)
+        config.model, config.lora, config.tokenizer = saved.model, saved.lora, saved.tokenizer
+        config.reference.path = reference or saved.reference.path
         return config
+    config.lora.rank, config.lora.path, config.model.quantize = 0, None, None
     if not config_lib.needs_reference(config):
         config.model.path, config.model.random = model, None
         return config
@@ -133,49 +192,40 @@ def _of_model(config: ConfigDict, model: str, reference: str | None) -> ConfigDi
     return config
 
 
-def _load_pairs(config: ConfigDict) -> build.Data:
-    """The evaluation pairs alone, as training prepares and limits them."""
+def _load_rows(config: ConfigDict) -> build.Data:
+    """The evaluation rows alone, as training prepares and limits them."""
     config = config.copy_and_resolve_references()
     named = config.data.eval
     if apart := bool(named.path or named.split):
         config.data.path, config.data.split = named.path or config.data.path, named.split or config.data.split
         config.data.max_rows, named.path, named.split = None, None, None
     elif not named.fraction:
-        raise ValueError("the config names no evaluation pairs (data.eval.*): give --data=FILE")
+        raise ValueError("the config names no evaluation rows (data.eval.*): give --data=FILE")
     data = build.load_data(config, None)
-    pairs = data.train if apart else data.held_out
-    assert pairs is not None
+    rows = data.train if apart else data.held_out
+    assert rows is not None
     if config.eval.max_rows is not None:
-        pairs = pairs.select(np.arange(min(config.eval.max_rows, len(pairs))))
-    return build.Data(data.tokenizer, data.tokenizer_path, pairs, pairs)
+        rows = rows.select(np.arange(min(config.eval.max_rows, len(rows))))
+    return build.Data(data.tokenizer, data.tokenizer_path, rows, rows)
 
 
 def _load(model: str, run: build.Run, step: str | int) -> models.Params:
-    """The weights of `model` in float32, where the run has its own."""
+    """The weights of `model` (under LoRA the adapters of a run) in float32, where the run has its own."""
     if is_run(model):
         return checkpoint.restore_params(paths.at(model) / run_folder.CHECKPOINTS, run.state.params, step)[1]
     shardings = jax.tree.map(lambda x: x.sharding, run.state.params)
-    return hf.load(model, run.cfg, dtype="float32", shardings=shardings)[1]
+    return hf.load(model, run.cfg, dtype="float32", shardings=shardings, head=run.objective.head)[1]
 
 
 def show(found: Mapping[str, float]) -> str:
     """Metrics as lines, each with its standard error and 95% interval."""
-
-    def line(what: str, name: str, sign: str = "") -> str:
-        error = f" +- {found[f'{name}_se']:.4f}" if f"{name}_se" in found else ""
-        value, low, high = (f"{found[key]:{sign}.4f}" for key in (name, f"{name}_low", f"{name}_high"))
-        return f"  {what:22} {value}{error} [{low}, {high}]"
-
-    return "\n".join(
-        (
-            f"{found['eval_pairs']:.0f} pairs, loss {found['eval_loss']:.4f}; standard errors and 95% intervals:",
-            line("reward accuracy", "eval_rewards/accuracies"),
-            line("reward margin", "eval_rewards/margins", "+"),
-            line("log-prob accuracy", "eval_logps/accuracies"),
-            line("perplexity of chosen", "eval_perplexity/chosen"),
-            line("perplexity of rejected", "eval_perplexity/rejected"),
-        )
-    )
+    lines = [f"{found['eval_examples']:.0f} examples, loss {found['eval_loss']:.4f}; standard errors, 95% intervals:"]
+    for name, value in found.items():
+        if f"{name}_low" in found:
+            error = f" +- {found[f'{name}_se']:.4f}" if f"{name}_se" in found else ""
+            bounds = f"[{found[f'{name}_low']:.4f}, {found[f'{name}_high']:.4f}]"
+            lines.append(f"  {name.removeprefix('eval_'):28} {value:.4f}{error} {bounds}")
+    return "\n".join(lines)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -184,7 +234,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text("model", None, "Hugging Face folder, .gguf file, hub id, package:NAME, or a run's folder.", flag_values=values)
     text("step", "last", "Of a run: last, best or a step's number.", flag_values=values)
     text("reference", None, "Model that rewards are measured against, like --model.", flag_values=values)
-    text("data", None, "Pairs in place of the config's evaluation pairs, like data.path.", flag_values=values)
+    text("data", None, "Rows in place of the config's evaluation rows, like data.path.", flag_values=values)
     text("out", None, "File for the JSON object.", flag_values=values)
     flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=values)
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxalign import hf, models, paths, sampling, sharding
+from jaxalign import hf, lora, models, paths, peft_files, sampling, sharding
 from jaxalign.data import chat
 from jaxalign.models import ModelConfig, Params
 
@@ -163,19 +163,30 @@ class Model(NamedTuple):
     stop_ids: tuple[int, ...]
 
 
-def load(path: str, step: str | None = None, mesh: jax.sharding.Mesh | None = None) -> Model:
+def load(
+    path: str,
+    step: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    head: str = "lm",
+    adapter: str | None = None,
+) -> Model:
     """A model from wherever `path` says; weights and computations in bfloat16 on accelerators, float32 on CPU.
 
     Args:
       path: see `hf.resolve`; or the folder of a run (it holds checkpoints/ or export/), in its own precision.
       step: of a run: "last" (also None), "best" or a number.
       mesh: where the weights go; None is one device.
+      head: see `hf.load`; a run has its own.
+      adapter: a PEFT folder whose adapters are merged into the weights; its tokenizer, if it has one, is taken.
 
     Raises:
       ValueError: no model there, a step of what is no run, or weights that don't divide over the mesh.
     """
     folder = paths.at(path)
     checkpoints, exported = folder / "checkpoints", folder / "export"
+    if adapter is not None and (checkpoints.is_dir() or exported.is_dir()):
+        raise ValueError(f"--adapter={adapter} goes with the model that it was trained beside, and {path!r} is a run")
     if checkpoints.is_dir() or (exported.is_dir() and step not in (None, "last")):
         from jaxalign import export
 
@@ -189,9 +200,19 @@ def load(path: str, step: str | None = None, mesh: jax.sharding.Mesh | None = No
         raise ValueError(f"--step={step} is for the folder of a run; {path!r} holds neither checkpoints/ nor export/")
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     cfg = dataclasses.replace(hf.read_config(path), compute_dtype=dtype)
-    tokenizer = hf.load_tokenizer(path)
+    if head == "score" and not cfg.num_labels:
+        raise ValueError(f"{path} is a language model; a reward model (...ForSequenceClassification) is expected here")
+    has_tokenizer = adapter is not None and (paths.at(adapter) / "tokenizer_config.json").exists()
+    tokenizer = hf.load_tokenizer(adapter if adapter is not None and has_tokenizer else path)
+    if adapter is not None:
+        rows = peft_files.vocab_size(adapter) or max(tokenizer.get_vocab().values()) + 1
+        cfg = dataclasses.replace(cfg, vocab_size=max(cfg.vocab_size, rows))
     shardings = None if mesh is None else sharding.param_shardings(mesh, models.declare(cfg))
-    cfg, params = hf.load(path, cfg, dtype=dtype, shardings=shardings)
+    cfg, params = hf.load(path, cfg, dtype=dtype, shardings=shardings, head=head)
+    if adapter is not None:
+        lora.check_base(peft_files.read_config(adapter, cfg).base_hash, hf.fingerprint(path), what=adapter)
+        spec, adapters = peft_files.load(adapter, cfg, mesh=mesh)
+        params = lora.merge(params, adapters, spec)
     return Model(cfg, params, tokenizer, hf.stop_ids(cfg, tokenizer, path))
 
 
@@ -200,6 +221,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_bool
     text("model", None, "Hugging Face folder, .gguf file, hub id, package:NAME, or the folder of a run.", values)
     text("step", None, "Of a run: last (the default), best, or a step's number.", values)
+    text("adapter", None, "PEFT folder with adapters for --model.", values)
     text("prompt", None, "One prompt.", values)
     text("prompts", None, 'File with rows {"prompt": text or chat messages} (jsonl, json, parquet, csv).', values)
     text("out", None, "File for one JSON line a completion: the row, completion, sample, tokens, finished.", values)
@@ -229,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         mesh = None
         if values.tensor > 1:
             mesh = sharding.make_mesh(tensor=values.tensor, devices=jax.devices()[: values.tensor])
-        model = load(values.model, values.step, mesh)
+        model = load(values.model, values.step, mesh, adapter=values.adapter)
         _say(f"{values.model} loaded in {time.monotonic() - began:.1f} s")
         with sharding.use_mesh(mesh):
             if rows:

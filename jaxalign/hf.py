@@ -30,9 +30,11 @@ from jaxalign import gather, gguf_file, models, paths, safetensors_file
 from jaxalign.hf_files import (
     TOKENIZER_FILES,
     end_of_turn,
+    fit_to_tokenizer,
     generation_config,
     is_gguf,
     load_tokenizer,
+    padding_of_score,
     read_config,
     resolve,
     stop_ids,
@@ -49,13 +51,17 @@ __all__ = [
     "TOKENIZER_FILES",
     "end_of_turn",
     "fingerprint",
+    "fit_to_tokenizer",
     "load",
     "load_tokenizer",
     "read_config",
+    "reader",
+    "reader",
     "resolve",
     "save",
     "stop_ids",
     "tokenizer_identity",
+    "write_tokenizer",
 ]
 
 _HOW_IT_IS_RUN = {"compute_dtype", "remat", "attention"}  # fields of a config that no config.json has
@@ -145,6 +151,7 @@ def load(
     dtype: str = "float32",
     shardings: Any = None,
     head: str = "lm",
+    keep: Callable[[tuple[str, ...], jax.Array], Any] = lambda path, leaf: leaf,
 ) -> tuple[ModelConfig, models.Params]:
     """Reads a model, one leaf of the parameter tree at a time: each process the rows that its own devices hold.
 
@@ -154,11 +161,13 @@ def load(
 
     Args:
       path: see `resolve`.
-      cfg: the config to read it by, when the caller has changed how it is run; by default the model's own.
+      cfg: the config to read it by, when the caller has changed how it is run; by default the model's own. Where its
+        vocab_size is larger than the model's (tokens were added), embedding and head get new rows: the mean of the old.
       dtype: of every leaf: float32 | bfloat16 | float16.
       shardings: a tree of shardings like the declared one, or one sharding for all; None is the default device.
       head: "lm" is the language model; "score" a value per token (reward models): taken from a sequence-classification
         checkpoint, or, over a language model, new with `num_labels` at least 1: normal(initializer_range), fixed seed.
+      keep: (path, leaf) -> what stands in the tree for it, made before the next leaf is read (`frozen.keeper`).
 
     Returns:
       The config (num_labels is 0 for head "lm") and the params as a nested dict of jax Arrays.
@@ -167,26 +176,59 @@ def load(
       ValueError: missing, unexpected, misshapen or duplicate tensors (all are listed); a damaged file; pickles; a
         model that is not implemented.
     """
+    cfg, read = reader(path, cfg, dtype=dtype, shardings=shardings, head=head)
+    return cfg, _nest({leaf.path: keep(leaf.path, read(leaf.path)) for leaf in _leaves(cfg)})
+
+
+def reader(
+    path: PathLike,
+    cfg: ModelConfig | None = None,
+    *,
+    dtype: str = "float32",
+    shardings: Any = None,
+    head: str = "lm",
+) -> tuple[ModelConfig, Callable[[tuple[str, ...]], jax.Array]]:
+    """A model's config, and what reads the leaf at a path of the parameter tree; see `load`. Nothing is read yet."""
+    cfg, read = reader(path, cfg, dtype=dtype, shardings=shardings, head=head)
+    return cfg, _nest({leaf.path: read(leaf.path) for leaf in _leaves(cfg)})
+
+
+def reader(
+    path: PathLike,
+    cfg: ModelConfig | None = None,
+    *,
+    dtype: str = "float32",
+    shardings: Any = None,
+    head: str = "lm",
+) -> tuple[ModelConfig, Callable[[tuple[str, ...]], jax.Array]]:
+    """As `load`, but instead of the params what reads one leaf by its path, for weights that exceed the memory."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if head not in ("lm", "score"):
         raise ValueError(f"head {head!r}: expected 'lm' or 'score'")
     where = resolve(path)
-    if cfg is None:
-        cfg = read_config(where)
-    cfg = dataclasses.replace(cfg, num_labels=max(cfg.num_labels, 1) if head == "score" else 0)
-    source = _open_source(where, cfg)
-    leaves = _leaves(cfg)
+    own = read_config(where)
+    cfg = own if cfg is None else cfg
+    if head == "score":
+        cfg = dataclasses.replace(cfg, num_labels=max(cfg.num_labels, 1))
+    else:
+        cfg = dataclasses.replace(cfg, num_labels=0, labels=(), reward_weights=())
+    there = dataclasses.replace(cfg, vocab_size=min(cfg.vocab_size, own.vocab_size))
+    source = _open_source(where, there)
     new_score = head == "score" and "score.weight" not in source.shapes
-    _check(source, cfg, leaves, new_score=new_score)
+    _check(source, there, _leaves(there), new_score=new_score)
     if new_score:
         source = _with_score(source, cfg)
-    flat = {}
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        for leaf in leaves:
-            sharding = _get(shardings, leaf.path) if isinstance(shardings, Mapping) else shardings
-            flat[leaf.path] = _place(source, leaf, DTYPES[dtype], sharding, pool)
-    return cfg, _nest(flat)
+    if cfg.vocab_size > own.vocab_size:
+        source = _with_rows(source, cfg.vocab_size)
+    leaves = {leaf.path: leaf for leaf in _leaves(cfg)}
+
+    def read(path: tuple[str, ...]) -> jax.Array:
+        sharding = _get(shardings, path) if isinstance(shardings, Mapping) else shardings
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            return _place(source, leaves[path], DTYPES[dtype], sharding, pool)
+
+    return cfg, read
 
 
 def _check(source: _Source, cfg: ModelConfig, leaves: Iterable[_Leaf], *, new_score: bool) -> None:
@@ -241,6 +283,32 @@ def _with_score(source: _Source, cfg: ModelConfig) -> _Source:
         return values[start:stop] if name == "score.weight" else source.read(name, start, stop)
 
     return source._replace(shapes={**source.shapes, "score.weight": shape}, read=read)
+
+
+def _with_rows(source: _Source, vocab_size: int) -> _Source:
+    """The source with as many rows of embedding and head: those that it lacks are the mean of those that it has."""
+    grown = {
+        name: (vocab_size, source.shapes[name][1])
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+        if name in source.shapes
+    }
+
+    @functools.cache
+    def mean(name: str) -> np.ndarray:
+        rows = safetensors_file.row_ranges(source.shapes[name], [(0, source.shapes[name][0])])
+        sums = [source.read(name, *some).sum(axis=0, dtype=np.float64) for some in rows]
+        return (np.sum(sums, axis=0) / source.shapes[name][0]).astype(np.float32)
+
+    def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        if name not in grown:
+            return source.read(name, start, stop)
+        start, stop, _ = slice(start, stop).indices(vocab_size)
+        there = source.shapes[name][0]
+        old = source.read(name, min(start, there), min(stop, there)).astype(np.float32)
+        new = np.broadcast_to(mean(name), (stop - max(start, there), old.shape[1])) if stop > there else old[:0]
+        return np.concatenate([old, new])
+
+    return source._replace(shapes={**source.shapes, **grown}, read=read)
 
 
 def _fill(
@@ -453,17 +521,25 @@ def _place_to_write(target: epath.Path, first: bool) -> Iterator[epath.Path]:
 
 
 def _write_small_files(folder: Path, cfg: ModelConfig, tokenizer_from: Any, generation_from: PathLike | None) -> None:
-    """Writes config, tokenizer and generation config.
+    """Writes config, tokenizer and, for a model that generates, generation config.
 
     Raises:
       ValueError: no tokenizer there, or a config that can't be said in config.json.
     """
-    write_json(folder / "config.json", config_to_hf(cfg))
+    write_json(folder / "config.json", config_to_hf(cfg))  # without it there is no reading the tokenizer
     tokenizer = None
     if tokenizer_from is not None:
         write_tokenizer(folder, tokenizer_from)
         tokenizer = load_tokenizer(folder)
-    write_json(folder / "generation_config.json", generation_config(cfg, tokenizer, generation_from))
+    if not cfg.num_labels:
+        write_json(folder / "generation_config.json", generation_config(cfg, tokenizer, generation_from))
+    elif tokenizer is not None:
+        pad = padding_of_score(cfg, tokenizer)
+        if pad != tokenizer.pad_token_id:
+            tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
+            write_tokenizer(folder, tokenizer)
+        cfg = dataclasses.replace(cfg, pad_token_id=pad)
+        write_json(folder / "config.json", config_to_hf(cfg))
     written = read_config(folder)
     for field in dataclasses.fields(cfg):
         if field.name not in _HOW_IT_IS_RUN and getattr(written, field.name) != getattr(cfg, field.name):

@@ -5,22 +5,30 @@ are imported where they are used.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
+import logging
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxalign import gguf_file, paths, safetensors_file
-from jaxalign.messages import first_line
+from jaxalign.data.templates import MARKS, TEMPLATES
+from jaxalign.data.tokenizers import CHAT_TEMPLATE, SPECIAL_TOKENS, byte_tokenizer, change
+from jaxalign.messages import did_you_mean, first_line
 from jaxalign.models.config import ModelConfig, config_from_hf, token_ids
 from jaxalign.paths import PathLike, inside, read_json, write_json
 from jaxalign.safetensors_file import Folder
 
+log = logging.getLogger(__name__)
+
+BYTES = "bytes"  # names the built-in tokenizer where a path is expected
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -104,50 +112,117 @@ def _here(where: Folder) -> Iterator[Folder]:
         yield Path(folder)
 
 
-def load_tokenizer(path: PathLike, *, chat_template: str | None = None) -> Any:
+def load_tokenizer(
+    path: PathLike,
+    *,
+    chat_template: str | None = None,
+    special_tokens: Mapping[str, str | Sequence[str]] | None = None,
+    add_tokens: Sequence[str] = (),
+) -> Any:
     """The model's tokenizer, as a transformers fast tokenizer. Code from the folder is never run.
 
     Args:
-      path: see `resolve`; a GGUF's tokenizer is built from its metadata.
-      chat_template: a Jinja template, or a file that holds one, in place of the model's own.
+      path: see `resolve`; a GGUF's tokenizer is built from its metadata. "bytes" is `tokenizers.byte_tokenizer`.
+      chat_template: in place of the model's own: see `read_template`.
+      special_tokens, add_tokens: see `tokenizers.change`.
 
     Raises:
-      ValueError: no tokenizer there, or one that can't be read without running code from the folder.
+      ValueError: no tokenizer there, or one that can't be read without running code from the folder; or no such
+        template or special token.
     """
-    where = _resolve_small(path)
-    given = None if chat_template is None else read_template(chat_template)
+    template = None if chat_template is None else read_template(chat_template)
     # transformers would advise, when first imported, to install torch, which jaxalign never needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if is_gguf(where):
+    if path == BYTES:
+        tokenizer: Any = byte_tokenizer()
+    elif is_gguf(where := _resolve_small(path)):
         tokenizer = gguf_file.load_tokenizer(gguf_file.open_file(where))
     else:
         with _here(where) as folder:
             tokenizer = _load_tokenizer(folder, where)
-    if given is not None:
-        tokenizer.chat_template = given
+    change(tokenizer, chat_template=template, special_tokens=special_tokens, add_tokens=add_tokens)
+    split = [mark for mark in MARKS.get(chat_template or "", ()) if mark not in tokenizer.get_vocab()]
+    if split:
+        log.warning(
+            "the chat template %s writes %s, which the tokenizer splits into pieces: set tokenizer.special_tokens (its "
+            "eos_token ends an answer) or tokenizer.add_tokens",
+            chat_template,
+            ", ".join(split),
+        )
     return tokenizer
 
 
 def read_template(chat_template: str) -> str:
-    """A Jinja template from itself, or from the file that holds it."""
-    is_file = "{" not in chat_template and paths.at(chat_template).is_file()
-    return paths.at(chat_template).read_text() if is_file else chat_template
-
-
-def tokenizer_identity(path: PathLike, *, chat_template: str | None = None) -> str:
-    """A hash of all files that `load_tokenizer` reads for the same arguments, without reading a tokenizer from them.
+    """A Jinja template from itself, from the file that holds it, or from its name in `templates.TEMPLATES`.
 
     Raises:
-      ValueError: no tokenizer there.
+      ValueError: neither of the three.
     """
-    where = _resolve_small(path)
-    if is_gguf(where):
+    if "{" in chat_template:
+        return chat_template
+    if chat_template in TEMPLATES:
+        return TEMPLATES[chat_template]
+    if not paths.at(chat_template).is_file():
+        known = ", ".join(TEMPLATES) + did_you_mean(chat_template, TEMPLATES)
+        raise ValueError(f"chat template {chat_template!r} is neither Jinja text, nor a file, nor one of {known}")
+    return paths.at(chat_template).read_text()
+
+
+def tokenizer_identity(
+    path: PathLike,
+    *,
+    chat_template: str | None = None,
+    special_tokens: Mapping[str, str | Sequence[str]] | None = None,
+    add_tokens: Sequence[str] = (),
+) -> str:
+    """A hash of all that `load_tokenizer` reads for the same arguments, without reading a tokenizer from it.
+
+    Raises:
+      ValueError: no tokenizer or no template there.
+    """
+    if path == BYTES:
+        parts = [BYTES, *SPECIAL_TOKENS, CHAT_TEMPLATE]
+    elif is_gguf(where := _resolve_small(path)):
         parts = [paths.content_hash(where)]
     else:
         files = [(name, where / name) for name in ("config.json", *_tokenizer_files(where))]
         parts = [f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for name, file in files if file.exists()]
-    given = "" if chat_template is None else read_template(chat_template)
-    return hashlib.sha256(json.dumps([*parts, given]).encode()).hexdigest()
+    template = "" if chat_template is None else read_template(chat_template)
+    what = [parts, template, dict(special_tokens or {}), list(add_tokens)]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def fit_to_tokenizer(
+    cfg: ModelConfig,
+    tokenizer: Any,
+    *,
+    special_tokens: Mapping[str, str | Sequence[str]] | None = None,
+    add_tokens: Sequence[str] = (),
+) -> ModelConfig:
+    """The config of a model whose tokenizer was changed so (`load_tokenizer`): its vocabulary and its special ids.
+
+    A model with rows to spare (vocab_size above the tokenizer's) uses them. Otherwise the vocabulary grows, by more
+    than was added where the old size is a multiple of a power of two up to 128: it stays one, so that the embedding
+    still divides over a mesh. `hf.load` fills the new rows.
+
+    Raises:
+      ValueError: the tokenizer has more new tokens than were added, so it is that of another model.
+    """
+    ids = {kind: tokenizer.convert_tokens_to_ids(token) for kind, token in (special_tokens or {}).items()}
+    own: dict[str, Any] = {f"{kind}_id": ids[kind] for kind in ("bos_token", "pad_token") if kind in ids}
+    if "eos_token" in ids:
+        own["eos_token_id"] = (ids["eos_token"],)
+    size = max(tokenizer.get_vocab().values()) + 1
+    if size > cfg.vocab_size:
+        added = sum(1 if isinstance(token, str) else len(token) for token in (special_tokens or {}).values())
+        if size - cfg.vocab_size > added + len(add_tokens):
+            raise ValueError(
+                f"the tokenizer has {size} tokens and the model only {cfg.vocab_size}, which {added + len(add_tokens)} "
+                "added tokens don't explain: tokenizer.path belongs to another model"
+            )
+        multiple = math.gcd(cfg.vocab_size, 128)
+        own["vocab_size"] = -(-size // multiple) * multiple
+    return dataclasses.replace(cfg, **own)
 
 
 def _tokenizer_files(folder: Folder) -> list[str]:
@@ -193,6 +268,18 @@ def write_tokenizer(folder: Path, tokenizer_from: Any) -> None:
     config = read_json(file)
     if config.get("tokenizer_class") == "TokenizersBackend":
         write_json(file, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def padding_of_score(cfg: ModelConfig, tokenizer: Any) -> int | None:
+    """The pad token of a model with a score head, whose score transformers reads at the last token that is no pad.
+
+    So no sequence may end with it. Where the pad token is one that ends sequences (or none is set), it is the unknown
+    or beginning token or the last other special token; None if there is no other: then it scores one row at a time.
+    """
+    ends = {*cfg.eos_token_id, tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    special = [index for index, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    found = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *special[::-1])
+    return next((one for one in found if one is not None and one not in ends), None)
 
 
 def end_of_turn(tokenizer: Any) -> int | None:

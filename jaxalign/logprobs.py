@@ -96,15 +96,44 @@ def score(
 ) -> dict[str, jax.Array]:
     """`token_stats` of a batch under `params`: policy, reference, old policy and teacher are all scored by this.
 
-    A leaf `shared_prefix` [R, n] says that rows 2i and 2i + 1 begin with the same n tokens, which are computed once.
+    See `hidden` for the batch's leaves, and `mask` [R, T] bool: the tokens that are scored.
     """
-    segment_ids = batch.get("segment_ids")
-    if "shared_prefix" in batch:
-        assert segment_ids is None, "rows with a shared prefix are not packed"
-        hidden_RTD = _hidden_of_pairs(cfg, params, batch)
-    else:
-        hidden_RTD, _ = models.apply(cfg, params, batch["tokens"], batch["positions"], segment_ids)
+    hidden_RTD, segment_ids = hidden(cfg, params, batch), batch.get("segment_ids")
     return token_stats(cfg, params, hidden_RTD, batch["tokens"], batch["mask"], segment_ids, want=want)
+
+
+def hidden(cfg: ModelConfig, params: models.Params, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The decoder's last hidden states of a batch: [R, T, D] in cfg.compute_dtype.
+
+    Leaves: tokens, positions [R, T] int32; segment_ids [R, T] where rows are packed, and prefix_ids [R, T] where a
+    packed prompt stands once (see `models.apply`); dropout_keys [R] where adapters drop out; or shared_prefix [R, n],
+    which says that rows 2i and 2i + 1 begin with the same n tokens, which are computed once.
+
+    Raises:
+      ValueError: packed prompts that stand once meet a model with sliding windows, which count slots.
+    """
+    if "shared_prefix" in batch:
+        assert "segment_ids" not in batch, "rows with a shared prefix are not packed"
+        return _hidden_of_pairs(cfg, params, batch)
+    if "prefix_ids" in batch and any(cfg.sliding_windows):
+        raise ValueError(
+            "data.packing is 'shared', but the model has sliding windows, which count slots: set it to 'on'"
+        )
+    found, _ = models.apply(
+        cfg,
+        params,
+        batch["tokens"],
+        batch["positions"],
+        batch.get("segment_ids"),
+        prefix_ids_RT=batch.get("prefix_ids"),
+        **_dropout(batch, 1),
+    )
+    return found
+
+
+def _dropout(batch: Mapping[str, jax.Array], every: int) -> dict[str, Any]:
+    """The keyword of `models.apply` that makes adapters drop out, with the key of each row or of every n-th."""
+    return {"dropout_keys_R": batch["dropout_keys"][::every]} if "dropout_keys" in batch else {}
 
 
 def _hidden_of_pairs(cfg: ModelConfig, params: models.Params, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -121,11 +150,17 @@ def _hidden_of_pairs(cfg: ModelConfig, params: models.Params, batch: Mapping[str
     rest = jnp.ones((1, time - n), jnp.int32)
     prefix = jnp.ones((1, n), jnp.int32)
     segments = jnp.concatenate([prefix, 2 * rest, 3 * rest], axis=1)  # the same in every row
-    hidden, _ = models.apply(
-        cfg, params, join(batch["tokens"]), join(batch["positions"]), segments, prefix_ids_RT=jnp.ones_like(segments)
+    joined, _ = models.apply(
+        cfg,
+        params,
+        join(batch["tokens"]),
+        join(batch["positions"]),
+        segments,
+        prefix_ids_RT=jnp.ones_like(segments),
+        **_dropout(batch, 2),
     )
-    rows = jnp.stack([hidden[:, :time], jnp.concatenate([hidden[:, :n], hidden[:, time:]], axis=1)], axis=1)
-    return rows.reshape(-1, time, hidden.shape[-1])
+    rows = jnp.stack([joined[:, :time], jnp.concatenate([joined[:, :n], joined[:, time:]], axis=1)], axis=1)
+    return rows.reshape(-1, time, joined.shape[-1])
 
 
 def per_sequence(
@@ -133,14 +168,30 @@ def per_sequence(
 ) -> jax.Array:
     """Sums of x over the masked tokens of each segment: [R, S] in x's dtype (bools are counted as float32).
 
-    Segments are numbered 1..S within a row; 0 is padding. None means one segment a row.
+    Segments are numbered 1..S within a row; others (0: padding, above S: prompts that stand once) are no sequence's.
+    None means one segment a row.
     """
     x_RT = x_RT.astype(jnp.float32) if x_RT.dtype == bool else x_RT
     x_RT = jnp.where(mask_RT, x_RT, 0)
     if segment_ids_RT is None:
         return x_RT.sum(axis=1, keepdims=True)
-    member_RTS = segment_ids_RT[:, :, None] == jnp.arange(1, num_segments + 1)
-    return jnp.where(member_RTS, x_RT[:, :, None], 0).sum(axis=1)
+    return jnp.where(_members(segment_ids_RT, num_segments), x_RT[:, :, None], 0).sum(axis=1)
+
+
+def per_token(x_RS: jax.Array, segment_ids_RT: jax.Array | None = None) -> jax.Array:
+    """Each sequence's value at each of its tokens, 0 at tokens of none: [R, T], or [R, 1] without segments (S is 1).
+
+    The transpose of `per_sequence`: sum over R, S of y * per_sequence(x, mask) = sum over R, T of per_token(y) * x *
+    mask.
+    """
+    if segment_ids_RT is None:
+        return x_RS
+    return jnp.where(_members(segment_ids_RT, x_RS.shape[1]), x_RS[:, None, :], 0).sum(axis=2)
+
+
+def _members(segment_ids_RT: jax.Array, num_segments: int) -> jax.Array:
+    """Which sequence a token belongs to, bool [R, T, S]; XLA never holds it: it is made where it is summed."""
+    return segment_ids_RT[:, :, None] == jnp.arange(1, num_segments + 1)
 
 
 def _layout(table_VD: jax.Array, n_rows: int, n_time: int, chunk_tokens: int | None) -> _Layout:

@@ -485,8 +485,8 @@ def _series(lines: list[dict[str, float]], name: str) -> tuple[np.ndarray, np.nd
     return array[:, 0], array[:, 1]
 
 
-def forward_flops(cfg: "ModelConfig", lengths: Sequence[int] | np.ndarray, scored_tokens: int) -> float:
-    """Floating-point operations (a multiply and an add are two) that a forward pass over these rows needs.
+def forward_flops(cfg: "ModelConfig", positions: np.ndarray, scored_tokens: int) -> float:
+    """Floating-point operations (a multiply and an add are two) that a forward pass over these tokens needs.
 
     Counted are the matrix products: the layers' weights for every real token, the head for scored tokens only,
     attention for the pairs of tokens that see each other (causal, within the window). Padding, the masked half of
@@ -495,25 +495,19 @@ def forward_flops(cfg: "ModelConfig", lengths: Sequence[int] | np.ndarray, score
 
     Args:
       cfg: the model.
-      lengths: [R] real tokens of each row.
+      positions: of each real token in its sequence, from 0, in any order and shape: it sees as many before it.
       scored_tokens: tokens whose log-prob is taken.
     """
-    lengths = np.asarray(lengths, np.int64)
+    visible = np.asarray(positions, np.int64) + 1
     queries = cfg.num_attention_heads * cfg.head_dim
     keys = cfg.num_key_value_heads * cfg.head_dim
     layer = cfg.hidden_size * (2 * queries + 2 * keys + 3 * cfg.intermediate_size)
-    weights = 2.0 * layer * cfg.num_hidden_layers * int(lengths.sum())
-    pairs = sum(_visible_pairs(lengths, window) for window in cfg.sliding_windows)
+    weights = 2.0 * layer * cfg.num_hidden_layers * visible.size
+    sums = {window: int((visible if window is None else np.minimum(visible, window)).sum()) for window in set(cfg.sliding_windows)}
+    pairs = sum(sums[window] for window in cfg.sliding_windows)
     attention = 4.0 * queries * pairs
     head = 2.0 * cfg.hidden_size * (cfg.num_labels or cfg.vocab_size) * scored_tokens
     return weights + attention + head
-
-
-def _visible_pairs(lengths: np.ndarray, window: int | None) -> int:
-    """Sum over rows of the (query, key) pairs of causal attention with at most `window` keys a query."""
-    full = np.minimum(lengths, window) if window is not None else lengths
-    rest = lengths - full
-    return int((full * (full + 1) // 2 + rest * full).sum())
 
 
 # bfloat16 without sparsity, in FLOP/s of one JAX device. Google: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}

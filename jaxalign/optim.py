@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-DECAYED = {"kernel": True, "embedding": True, "bias": False, "scale": False}
+DECAYED = {"kernel": True, "embedding": True, "lora_a": True, "lora_b": True, "bias": False, "scale": False}
 """Whether weight decay pulls a leaf to 0, by the leaf's own name: never by its rank, which stacking changes."""
 
 Transform: TypeAlias = optax.GradientTransformation

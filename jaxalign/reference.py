@@ -1,8 +1,9 @@
 """The reference model as data: its token log-probs, scored live before each step or once and kept on disk.
 
-Letters: R rows, T time.
+Letters: R rows, T time, S sequences that a row can hold.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -29,19 +30,24 @@ Score = Callable[[models.Params, Batch], jax.Array]
 VERSION = 1  # of the file, and of whatever changes the numbers in it
 
 
-def make_score(cfg: ModelConfig, *, rows_per_example: int = 2, micro_batches: int = 1) -> Score:
+LEAVES = ("tokens", "positions", "mask", "shared_prefix", "segment_ids", "prefix_ids")  # that scoring looks at
+
+
+def make_score(cfg: ModelConfig, *, width: int = 2, micro_batches: int = 1) -> Score:
     """A function (params, batch) -> token log-probs [R, T] float32 of the masked tokens; jit it.
 
-    The batch is scored in as many parts as the train step uses, so that scoring needs no more memory than training.
+    The batch, whose examples have `width` sequences, is scored in as many parts as the train step uses, so that scoring
+    needs no more memory than training.
     """
 
     def score(params: models.Params, batch: Batch) -> jax.Array:
-        batch = {name: batch[name] for name in ("tokens", "positions", "mask", "shared_prefix") if name in batch}
+        batch = {name: batch[name] for name in LEAVES if name in batch}
         if micro_batches == 1:
             return logprobs.score(cfg, params, batch)["logps"]
-        micros = step.split_batch(batch, micro_batches, rows_per_example)
+        together = 1 if "segment_ids" in batch else width  # rows that a part holds all of
+        micros = step.split_batch(batch, micro_batches, together)
         logps = jax.lax.map(lambda micro: logprobs.score(cfg, params, micro)["logps"], micros)
-        return step.join_batch(logps, rows_per_example)
+        return step.join_batch(logps, together)
 
     return score
 
@@ -68,11 +74,12 @@ def mix(policy: models.Params, reference: models.Params, alpha: float) -> models
 
 
 class Cached:
-    """Token log-probs of every row of a prepared data set, looked up by row id.
+    """Token log-probs of every sequence of a prepared data set, looked up by the example's number.
 
     Attributes:
       prepared: the data set.
-      logps: flat float32, the rows' tokens one after another (chosen, rejected, chosen, ...); 0 where none is scored.
+      logps: flat float32, the sequences' tokens one after another (those of example 0, of example 1, ...); 0 where none
+        is scored.
     """
 
     def __init__(self, prepared: Prepared, logps: np.ndarray):
@@ -82,21 +89,30 @@ class Cached:
     def __call__(self, batch: Mapping[str, np.ndarray], rows: np.ndarray | None = None) -> np.ndarray:
         """ref_logps [R, T] float32 for a batch of `data.batching` (`rows`: which global rows these are)."""
         out = np.zeros(batch["tokens"].shape, np.float32)
+        ids, ends, segments = batch["row_ids"], batch["ends"], batch.get("segment_ids")
         rows = np.arange(len(out)) if rows is None else rows
-        for at, (row, pair) in enumerate(zip(rows, batch["row_ids"], strict=True)):
-            if pair != FILLER:
-                span = self.span(pair, row)
-                out[at, : span.stop - span.start] = self.logps[span]
+        for row, slot in np.argwhere(ids != FILLER):
+            sequence = (rows[row] if segments is None else slot) % self.prepared.width
+            last = self.span(int(ids[row, slot]), int(sequence)).stop
+            end = int(ends[row, slot]) + 1
+            # A segment holds the last tokens of its sequence; a prompt that stands once is in none, and not scored.
+            count = end if segments is None else np.count_nonzero(segments[row] == slot + 1)
+            out[row, end - count : end] = self.logps[last - count : last]
         return out
 
-    def span(self, pair: int, row: int) -> slice:
-        """Where in `logps` the tokens of a pair's chosen (even `row`) or rejected (odd) side stand."""
-        return slice(*self._offsets[2 * pair + row % 2 : 2 * pair + row % 2 + 2])
+    def span(self, example: int, sequence: int) -> slice:
+        """Where in `logps` the tokens of one of an example's sequences stand."""
+        at = self.prepared.width * example + sequence
+        return slice(*self._offsets[at : at + 2])
 
 
 def cache_file(folder: epath.Path, *, model: str, prepared: Prepared, cfg: ModelConfig) -> epath.Path:
-    """Where the log-probs lie; another model, data, template, length or dtype is another file."""
-    identity = [VERSION, model, prepared.fingerprint, prepared.meta["max_length"], cfg.compute_dtype]
+    """Where the log-probs lie; another model, data, kind, template, length or dtype is another file.
+
+    So is another selection or order, on which the mismatched completions of `labelled` examples depend.
+    """
+    what = [prepared.kind, prepared.fingerprint, prepared.meta["max_length"]]
+    identity = [VERSION, model, *what, cfg.compute_dtype]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     return folder / f"reference-{digest}.npz"
 
@@ -110,6 +126,8 @@ def cached(
     mesh: Any,
     batch_size: int,
     buckets: Any = None,
+    packing: str = "off",
+    packed_length: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Cached:
     """The log-probs of all rows, from `path` or scored now and written there.
@@ -119,30 +137,37 @@ def cached(
       score: jitted `make_score`.
       params: gives the reference's weights; not called when the file is there.
       mesh: the current mesh.
-      batch_size: pairs scored at a time over all devices.
+      batch_size: examples scored at a time over all devices.
+      buckets, packing, packed_length: as of `EvalBatches`.
       on_progress: called with (batches done, batches in all).
 
     Raises:
       ValueError: the file is there, but damaged or of another size (it names the file to delete).
     """
     if (found := _read(path, int(prepared.lengths.sum()))) is not None:
-        log.info("reference log-probs of %d pairs from the cache %s", len(prepared), path)
+        log.info("reference log-probs of %d examples from the cache %s", len(prepared), path)
         return Cached(prepared, found)
     result = Cached(prepared, np.zeros(int(prepared.lengths.sum()), np.float32))
-    rows = sharding.process_rows(mesh, 2 * batch_size)
-    batches = EvalBatches(prepared, batch_size=batch_size, buckets=buckets, rows=rows)
+    batches = EvalBatches(
+        prepared,
+        batch_size=batch_size,
+        buckets=buckets,
+        packing=packing,
+        packed_length=packed_length,
+        row_multiple=sharding.axis_size(sharding.ROWS, mesh),
+        rows=functools.partial(sharding.process_rows, mesh),
+    )
     on_progress(0, len(batches))
     weights = params()
     whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
     for n in range(len(batches)):
-        batch = batches[n]
-        device_batch = place(mesh, batch, 2 * batch_size)
+        layout = batches.layout(n)
         # Every process keeps the log-probs of all rows: a shuffled batch may ask it for any of them.
-        logps_RT = np.asarray(whole(score(weights, device_batch)))
-        for row, pair in enumerate(np.repeat(batches.pairs[n], 2)):
-            if pair != FILLER:
-                span = result.span(pair, row)
-                result.logps[span] = logps_RT[row, : span.stop - span.start]
+        logps_RT = np.asarray(whole(score(weights, place(mesh, batches[n]))))
+        for row, slot in np.argwhere(layout.examples != FILLER):
+            last = result.span(int(layout.examples[row, slot]), int(layout.sequences[row, slot])).stop
+            start, count = int(layout.starts[row, slot]), int(layout.counts[row, slot])
+            result.logps[last - count : last] = logps_RT[row, start : start + count]
         on_progress(n + 1, len(batches))
     content = io.BytesIO()
     np.savez(content, logps=result.logps)
@@ -184,8 +209,9 @@ def is_everywhere(path: epath.Path) -> bool:
     return bool(multihost_utils.process_allgather(np.array(path.exists())).all())
 
 
-def place(mesh: Any, batch: Mapping[str, np.ndarray], n_rows: int) -> dict[str, jax.Array]:
+def place(mesh: Any, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """A host batch on the devices, without what only the host needs."""
+    n_rows = sharding.global_rows(mesh, len(batch["tokens"]))
     return sharding.place_batch(mesh, {name: x for name, x in batch.items() if name != "row_ids"}, n_rows)
 
 

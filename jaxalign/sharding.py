@@ -37,6 +37,7 @@ RULES: Mapping[str | None, tuple[tuple[str, ...], ...]] = {
     "kv_heads": (("tensor",),),
     "mlp": (("tensor",),),
     "labels": ((),),
+    "rank": ((),),
 }
 
 
@@ -184,6 +185,12 @@ def process_rows(mesh: jax.sharding.Mesh, n_rows: int) -> np.ndarray:
         raise ValueError(f"a batch of {n_rows} rows does not divide over data x fsdp = {groups} devices")
     indices = row_sharding(mesh).addressable_devices_indices_map((n_rows,))
     return np.unique(np.concatenate([np.arange(n_rows)[index] for index in indices.values()]))
+
+
+def global_rows(mesh: jax.sharding.Mesh, n_rows: int) -> int:
+    """The rows of the global batch of which this process feeds `n_rows`."""
+    groups = axis_size(ROWS, mesh)
+    return n_rows * groups // len(process_rows(mesh, groups))
 
 
 def place_batch(mesh: jax.sharding.Mesh | None, batch: Mapping[str, np.ndarray], n_rows: int) -> dict[str, jax.Array]:

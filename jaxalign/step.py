@@ -29,16 +29,17 @@ class Objective(Protocol):
     """What `make_train_step` asks of an objective (see objectives.py)."""
 
     @property
-    def rows_per_example(self) -> int: ...
-
-    @property
     def couples(self) -> bool: ...
+
+    def group(self, batch: Any) -> int: ...
 
     def denominators(self, batch: Any) -> dict[str, jax.Array]: ...
 
     def first_pass(self, params: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]: ...
 
     def couple(self, batch: Any) -> dict[str, jax.Array]: ...
+
+    def next_aux(self, aux: Mapping[str, Any], metrics: Metrics) -> dict[str, jax.Array]: ...
 
     def __call__(self, params: Any, frozen: Any, batch: Any, aux: Any, key: Any) -> tuple[jax.Array, Metrics]: ...
 
@@ -60,6 +61,7 @@ def make_train_step(
     max_grad_norm: float | None = 1.0,
     nonfinite: str = "stop",
     schedule: optax.Schedule | None = None,
+    dropout_seed: int | None = None,
 ) -> Step:
     """A function (state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -75,12 +77,15 @@ def make_train_step(
       max_grad_norm: the gradient is scaled down to this global L2 norm; None leaves it.
       nonfinite: "stop" or "skip".
       schedule: the optimizer's, for the metric `learning_rate`; updates count, not skipped steps.
+      dropout_seed: gives the batch the leaf `dropout_keys` (see `dropout_keys`); None: nothing is dropped.
     """
     if nonfinite not in ("stop", "skip"):
         raise ValueError(f"nonfinite is {nonfinite!r}, expected 'stop' or 'skip'")
     gradients_of = make_gradients(objective, gradient_accumulation_steps=gradient_accumulation_steps)
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        if dropout_seed is not None:
+            batch = {**batch, "dropout_keys": dropout_keys(dropout_seed, state.step, batch["tokens"].shape[0])}
         loss, metrics, gradients = gradients_of(state.params, frozen, batch, state.aux)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -99,8 +104,10 @@ def make_train_step(
             go, update, lambda _, opt_state, params: (params, opt_state), gradients, state.opt_state, state.params
         )
         stop = nonfinite == "stop"
+        learnt = objective.next_aux(state.aux, metrics)
         aux = {
             **state.aux,
+            **{name: jnp.where(go, x, state.aux[name]) for name, x in learnt.items()},
             "halted": state.aux["halted"] | (~finite & stop),
             "skipped": state.aux["skipped"] + (~finite).astype(jnp.int32) * (not stop),
         }
@@ -138,7 +145,7 @@ def make_gradients(
 
         if gradient_accumulation_steps == 1:
             return micro_step(batch)
-        n, size = gradient_accumulation_steps, objective.rows_per_example
+        n, size = gradient_accumulation_steps, objective.group(batch)
         micros = split_batch(batch, n, size)
         if objective.couples:  # score all rows first, then tell each micro-batch what it must know of the others
             found = jax.lax.map(lambda micro: objective.first_pass(params, frozen, micro), micros)
@@ -159,6 +166,12 @@ def make_gradients(
     return gradients_of
 
 
+def dropout_keys(seed: int, step: jax.Array | int, rows: int) -> jax.Array:
+    """A key for each row of a global batch, [R]: what a row drops depends on the seed, the step and its place alone."""
+    of_step = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(of_step, jnp.arange(rows))
+
+
 def _nothing(metric: Mean | Min | Max) -> Mean | Min | Max:
     """The metric of no data, where a sum over micro-batches starts."""
     if isinstance(metric, Mean):
@@ -167,7 +180,7 @@ def _nothing(metric: Mean | Min | Max) -> Mean | Min | Max:
 
 
 def split_batch(batch: Mapping[str, jax.Array], n: int, rows_per_example: int) -> dict[str, jax.Array]:
-    """Every leaf [R, ...] as [n, R / n, ...], whole examples together.
+    """Every leaf [R, ...] as [n, R / n, ...], whole examples (of `rows_per_example` neighbouring rows) together.
 
     Micro-batch i takes every n-th example, so that each device splits its own rows and nothing travels.
 

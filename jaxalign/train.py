@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from jaxalign import build, checkpoint, diagnose, evals, hosts, metrics, paths, reference, run_folder, sharding
+from jaxalign import build, checkpoint, diagnose, evals, hosts, lora, metrics, paths, reference, run_folder, sharding
 from jaxalign import config as config_lib
 from jaxalign.signals import EXIT_PREEMPTED, Stopper
 
@@ -127,18 +127,24 @@ class Training:
         self.config, self.folder, self.run = config, folder, pieces
         self.stopper, self.checkpoints = stopper, checkpoints
         self.main = jax.process_index() == 0
-        self.meta = {"config": json.loads(config_lib.to_json(config)), "data": pieces.data.fingerprint}
-        self.compiled: set[tuple[int, ...]] = set()
+        self.meta = {
+            "config": json.loads(config_lib.to_json(config)),
+            "data": pieces.data.fingerprint,
+            "base": pieces.base_hash,
+        }
+        self.compiled: set[tuple[tuple[int, ...], ...]] = set()
         self.pending: tuple[int, metrics.Metrics, float] | None = None
         self.trace: run_folder.Trace | None = None
         self.clock = time.perf_counter()  # when the step before was fetched
-        check_metrics(config)
+        check_metrics(config, evals.names(pieces.objective))
 
         restored = checkpoints.restore(pieces.state)
         self.resumed = restored is not None
         self.progress, self.former = Progress(), self.meta["config"]
         if restored is not None:
             check_data(restored.meta["data"], self.meta["data"], force=config.resume == "force")
+            if pieces.base_hash is not None:
+                lora.check_base(restored.meta["base"], pieces.base_hash, what=f"the adapter of the run in {folder}")
             self.state, self.former = restored.state, restored.meta["config"]
             self.progress = Progress(**restored.meta["progress"])
         p, steps = self.progress, pieces.steps
@@ -219,20 +225,20 @@ class Training:
         flops = self.flops(host_batch)
         batch = run.place(host_batch)
         ref_params = run.reference_of(self.state)
-        lengths = tuple(host_batch[name].shape[1] for name in ("tokens", "shared_prefix") if name in host_batch)
-        if lengths not in self.compiled:
+        shapes = tuple(host_batch[name].shape for name in ("tokens", "shared_prefix") if name in host_batch)
+        if shapes not in self.compiled:
             self.flush()
-            self.compile(lengths, batch, ref_params)
+            self.compile(shapes, batch, ref_params)
         if ref_params is not None:
             batch["ref_logps"] = run.score(ref_params, batch)
-        self.state, found = run.train_step(self.state, None, batch)
+        self.state, found = run.train_step(self.state, run.base, batch)
         if run.sync is not None and n % self.config.reference.sync_every == 0:
             self.state = run.sync(self.state)
         self.flush()
         self.pending = n, found, flops
 
-    def compile(self, lengths: tuple[int, ...], batch: Mapping[str, Any], ref_params: Any) -> None:
-        """Compiles the programs for rows (and a prefix) of `lengths`, for calls to find; a stop request is heard."""
+    def compile(self, shapes: tuple[tuple[int, ...], ...], batch: Mapping[str, Any], ref_params: Any) -> None:
+        """Compiles the programs for rows (and a prefix) of `shapes`, for calls to find; a stop request is heard."""
         began = time.perf_counter()
         batch = dict(batch)
         with self.aside(), self.stopper.during("compilation", self.save_now):
@@ -241,10 +247,12 @@ class Training:
                 batch["ref_logps"] = jax.ShapeDtypeStruct(
                     batch["tokens"].shape, np.float32, sharding=sharding.row_sharding(self.run.mesh)
                 )
-            self.run.train_step.lower(self.state, None, batch).compile()
-        self.compiled.add(lengths)
-        rows = f"{lengths[0]} tokens{f' ({lengths[1]} of them shared)' if lengths[1:] else ''}"
-        self.bar.message(f"compiled for rows of {rows} in {time.perf_counter() - began:.1f} s")
+            self.run.train_step.lower(self.state, self.run.base, batch).compile()
+        self.compiled.add(shapes)
+        rows = f"{len(batch['tokens'])} packed rows" if "segment_ids" in batch else "rows"
+        shared = f" ({shapes[1][1]} of them shared)" if shapes[1:] else ""
+        seconds = time.perf_counter() - began
+        self.bar.message(f"compiled for {rows} of {shapes[0][1]} tokens{shared} in {seconds:.1f} s")
 
     def flush(self) -> None:
         """Fetches the metrics of the pending step, checks them and writes its line."""
@@ -284,15 +292,22 @@ class Training:
     def flops(self, host_batch: dict[str, np.ndarray]) -> float:
         """Model FLOPs of a step over all processes: forward and backward of the policy, forward of a live reference.
 
-        And where a loss looks at the whole batch, the forward pass that does so before the micro-batches.
+        And where a loss looks at the whole batch, the forward pass that does so before the micro-batches. Frozen
+        weights have half a backward pass, without a gradient of their own. KTO's mismatched sequences count as trained.
         """
+        run, positions = self.run, host_batch["positions"]
         is_split = self.config.gradient_accumulation_steps > 1
-        passes = 3 + self.run.live_reference + (self.run.objective.couples and is_split)
-        lengths = host_batch["lengths"].copy()
+        backward = 2 if run.frozen is None else 1
+        passes = 1 + backward + run.live_reference + (run.objective.couples and is_split)
+        if "segment_ids" in host_batch:
+            real = host_batch["segment_ids"] > 0
+        else:
+            real = positions < host_batch["lengths"][:, None]
         if "shared_prefix" in host_batch:  # computed once for both rows of a pair
-            lengths[1::2] -= host_batch["shared_prefix"].shape[1]
-        local = metrics.forward_flops(self.run.cfg, lengths, int(host_batch["mask"].sum()))
-        return passes * local * self.run.rows / len(host_batch["tokens"])
+            real[1::2, : host_batch["shared_prefix"].shape[1]] = False
+        local = metrics.forward_flops(run.cfg, positions[real], int(host_batch["mask"].sum()))
+        n_rows = len(positions)
+        return passes * local * sharding.global_rows(run.mesh, n_rows) / n_rows
 
     def profile(self, n: int) -> None:
         """Begins or ends the profiler trace before step n."""
@@ -318,7 +333,7 @@ class Training:
         return self.is_eval_due(n) or self.is_sample_due(n)
 
     def is_eval_due(self, n: int) -> bool:
-        """Whether the held-out pairs are evaluated after step n."""
+        """Whether the held-out rows are evaluated after step n."""
         if self.run.data.held_out is None:
             return False
         return self.config.eval.at_start if n == 0 else is_due(n, self.config.eval.every, self.run.steps)
@@ -473,10 +488,15 @@ def describe(config: ConfigDict, run: build.Run) -> str:
     """One line: what a step holds."""
     a, mesh = config.gradient_accumulation_steps, run.mesh
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "1 device"
+    kind, trained = run.data.train.kind, ""
+    rows = f"{run.rows // a} rows" if config.data.packing == "off" else "packed rows"
+    if run.frozen is not None:
+        weights = sum(x.size for x in jax.tree.leaves(run.state.params))
+        trained = f"; {weights:,} trained weights beside frozen ones"
     return (
-        f"a step: {config.batch_size} pairs = {run.rows // a} rows x {a} accumulation on {mesh.size} "
+        f"a step: {config.batch_size} {kind} = {rows} x {a} accumulation on {mesh.size} "
         f"{mesh.devices.flat[0].device_kind} ({axes}), {jax.process_count()} host(s); {run.steps} steps over "
-        f"{len(run.data.train)} pairs; {run.cfg.compute_dtype}, remat {run.cfg.remat}"
+        f"{len(run.data.train)} {kind}; {run.cfg.compute_dtype}, remat {run.cfg.remat}{trained}"
     )
 
 
@@ -502,14 +522,14 @@ def ends(rows: list[dict[str, Any]]) -> tuple[int, int]:
     return min(steps), max(steps)
 
 
-def check_metrics(config: ConfigDict) -> None:
+def check_metrics(config: ConfigDict, known: list[str]) -> None:
     """Raises ValueError if a metric that decides something is none of the evaluation's."""
     for key, name in (
         ("early_stopping.metric", config.early_stopping.metric),
         ("checkpoint.best_metric", config.checkpoint.best_metric),
     ):
-        if name is not None and name not in evals.names():
-            raise ValueError(f"{key} is {name!r}, expected one of {', '.join(evals.names())}")
+        if name is not None and name not in known:
+            raise ValueError(f"{key} is {name!r}, expected one of {', '.join(known)}")
 
 
 def check_data(old: Mapping[str, Any], new: Mapping[str, Any], *, force: bool) -> None:

@@ -240,8 +240,13 @@ def token_nll(cfg: Any) -> Any:
     from jaxalign.metrics import Mean
 
     class TokenNLL:
-        rows_per_example = 1
         couples = False
+
+        def group(self, batch: Any) -> int:
+            return 1
+
+        def next_aux(self, aux: Any, metrics: Any) -> dict[str, Any]:
+            return {}
 
         def denominators(self, batch: Any) -> dict[str, Any]:
             return {"tokens": batch["mask"][:, 1:].sum().astype("float32")}
@@ -776,7 +781,8 @@ def figures(key: str, row: dict[str, Any]) -> dict[str, Any] | None:
     lengths = np.full(case.rows, case.length)
     cfg = models.config_from_hf(shape.config)
     passes = 4 if objective == "dpo" else 3
-    flops = passes * metrics.forward_flops(cfg, lengths, case.rows * (case.length - case.first_scored))
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    flops = passes * metrics.forward_flops(cfg, positions, case.rows * (case.length - case.first_scored))
     best["tokens_per_second"] = shape.tokens / best["seconds"]
     best["mfu"] = metrics.mfu(flops, best["seconds"], device_kind=best["device"], n_devices=1)
     return best

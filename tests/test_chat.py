@@ -1,13 +1,16 @@
 """Formats and the chat template: rows -> examples -> token ids."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from common import FAMILIES, load_tokenizer
 from common import case as golden_case
 
-from jaxalign.data.chat import EncodedPair, encode_pairs, encode_prompt, render, special_prefix
-from jaxalign.data.formats import FORMATS, Example, RowError, detect, extract_prompt, hh, pairs
+from jaxalign.data.chat import Encoded, encode, encode_prompt, render, special_prefix
+from jaxalign.data.formats import FORMATS, Example, RowError, detect, extract_prompt
+from jaxalign.data.formats.hh import hh
+from jaxalign.data.formats.pairs import pairs
 
 USER = {"role": "user", "content": "cloud teach glass"}
 GOOD = {"role": "assistant", "content": "prompt lemon clear"}
@@ -30,7 +33,7 @@ def golden(family, name):
 
 
 def one(tokenizer, example, **options):
-    (result,) = encode_pairs(tokenizer, [example], **options)
+    (result,) = encode(tokenizer, [example], **options)
     return result
 
 
@@ -48,20 +51,20 @@ def test_extract_prompt_keeps_the_last_item_of_a_side_that_begins_the_other():
 
 
 def test_pairs_reads_every_way_to_give_the_prompt():
-    expected = Example([USER], [GOOD], [BAD])
+    expected = Example([USER], ([GOOD], [BAD]))
     explicit = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
     whole = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
-    assert pairs(explicit) == pairs(whole) == expected
-    assert pairs({**whole, "prompt": [USER]}) == expected
+    assert pairs(explicit) == pairs({**whole, "prompt": [USER]}) == expected
+    assert pairs(whole) == replace(expected, conversation=True)
     assert pairs({**whole, "prompt": USER["content"], "score_chosen": math.nan, "extra": None}) == expected
     text = {"prompt": "a b ", "chosen": "c", "rejected": "d"}
-    assert pairs(text) == Example("a b ", "c", "d")
-    assert pairs({"chosen": "a b c", "rejected": "a b d"}) == Example("a b", " c", " d")
+    assert pairs(text) == Example("a b ", ("c", "d"))
+    assert pairs({"chosen": "a b c", "rejected": "a b d"}) == Example("a b", (" c", " d"))
 
 
 def test_pairs_leaves_out_the_columns_that_a_table_filled_with_none():
     filled = {**GOOD, "tool_calls": None}
-    assert pairs({"prompt": [USER], "chosen": [filled], "rejected": [BAD]}).chosen == [GOOD]
+    assert pairs({"prompt": [USER], "chosen": [filled], "rejected": [BAD]}).responses[0] == [GOOD]
 
 
 BAD_ROWS = {
@@ -137,11 +140,10 @@ def test_hh_reads_transcripts_into_chat_messages():
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "why?\n\nReally"},
     ]
-    assert hh(row) == Example(
-        messages,
-        [{"role": "assistant", "content": "chosen it is"}],
-        [{"role": "assistant", "content": "rejected it is"}],
-    )
+    sides = tuple([{"role": "assistant", "content": f"{name} it is"}] for name in ("chosen", "rejected"))
+    assert hh(row) == Example(messages, sides, conversation=True)
+    unpaired = {"prompt": transcript(*history) + "\n\nAssistant:", "completion": " chosen it is", "label": False}
+    assert hh(unpaired) == Example(messages, sides[:1], label=False)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,6 @@ def test_detect_tells_transcripts_from_pairs():
     assert detect({"chosen": [USER], "rejected": [USER]}) == "pairs"
     assert detect({"chosen": None, "rejected": "a"}) is None
     assert detect({"question": "a"}) is None and detect("text") is None
-    assert set(FORMATS) == {"pairs", "hh"}
 
 
 # ---- tokens
@@ -191,35 +192,35 @@ def test_detect_tells_transcripts_from_pairs():
 @pytest.mark.parametrize("case", ["dpo_conversational", "dpo_standard", "dpo_implicit_prompt"])
 def test_tokens_are_trls(tokenizers, family, case):
     data = golden(family, "data_tokenization")[case]
-    encoded = encode_pairs(tokenizers[family], [pairs(row) for row in data["rows"]])
+    encoded = encode(tokenizers[family], [pairs(row) for row in data["rows"]])
     for pair, expected in zip(encoded, data["tokenized"], strict=True):
-        assert pair.chosen[: pair.prompt_length] == pair.rejected[: pair.prompt_length] == expected["prompt_ids"]
-        assert pair.chosen[pair.prompt_length :] == expected["chosen_ids"]
-        assert pair.rejected[pair.prompt_length :] == expected["rejected_ids"]
+        assert pair.sequences[0][: pair.prompt_length] == pair.sequences[1][: pair.prompt_length] == expected["prompt_ids"]
+        assert pair.sequences[0][pair.prompt_length :] == expected["chosen_ids"]
+        assert pair.sequences[1][pair.prompt_length :] == expected["rejected_ids"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_are_those_of_the_whole_and_the_turn_end_is_scored(tokenizers, family):
     tokenizer = tokenizers[family]
-    pair = one(tokenizer, Example([SYSTEM, USER], [GOOD], [BAD]))
-    assert pair.chosen == tokenizer.apply_chat_template([SYSTEM, USER, GOOD])["input_ids"]
-    response = tokenizer.decode(pair.chosen[pair.prompt_length :])
+    pair = one(tokenizer, Example([SYSTEM, USER], ([GOOD], [BAD])))
+    assert pair.sequences[0] == tokenizer.apply_chat_template([SYSTEM, USER, GOOD])["input_ids"]
+    response = tokenizer.decode(pair.sequences[0][pair.prompt_length :])
     assert response == GOOD["content"] + "<|im_end|>\n"
-    assert tokenizer.eos_token_id in pair.chosen[pair.prompt_length :]
+    assert tokenizer.eos_token_id in pair.sequences[0][pair.prompt_length :]
 
 
 def test_one_bos_when_template_and_tokenizer_both_write_one(llama):
     bos = llama.bos_token_id
     assert special_prefix(llama) == [bos]
     for example in (
-        Example([USER], [GOOD], [BAD]),
-        Example("cloud teach ", "glass", "kind"),
-        Example(llama.bos_token + "cloud teach ", "glass", "kind"),
+        Example([USER], ([GOOD], [BAD])),
+        Example("cloud teach ", ("glass", "kind")),
+        Example(llama.bos_token + "cloud teach ", ("glass", "kind")),
     ):
         pair = one(llama, example)
-        assert pair.chosen.count(bos) == pair.rejected.count(bos) == 1 and pair.chosen[0] == bos
+        assert pair.sequences[0].count(bos) == pair.sequences[1].count(bos) == 1 and pair.sequences[0][0] == bos
     twice = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
-    assert one(llama, Example([USER], [GOOD], [BAD]), chat_template=twice).chosen.count(bos) == 1
+    assert one(llama, Example([USER], ([GOOD], [BAD])), chat_template=twice).sequences[0].count(bos) == 1
     assert encode_prompt(llama, [USER]).count(bos) == encode_prompt(llama, "cloud").count(bos) == 1
 
 
@@ -232,28 +233,28 @@ def test_no_bos_is_invented(tokenizers):
 def test_a_token_that_merges_across_the_border_belongs_to_the_response(llama):
     # "cloud teach " + "glass": the blank merges into " g", so the prompt ends one token earlier than it does alone.
     alone = encode_prompt(llama, "cloud teach ")
-    pair = one(llama, Example("cloud teach ", "glass", "kind"))
+    pair = one(llama, Example("cloud teach ", ("glass", "kind")))
     assert pair.prompt_length == len(alone) - 1
     whole = llama("cloud teach glass" + llama.eos_token, add_special_tokens=False)["input_ids"]
-    assert pair.chosen == special_prefix(llama) + whole
-    assert llama.decode(pair.chosen[pair.prompt_length :]) == " glass" + llama.eos_token
+    assert pair.sequences[0] == special_prefix(llama) + whole
+    assert llama.decode(pair.sequences[0][pair.prompt_length :]) == " glass" + llama.eos_token
 
 
 def test_a_border_that_only_one_side_merges_across_is_cut_alike_on_both(llama):
     # The blank merges into " g" but stays apart from "1".
     alone = encode_prompt(llama, "cloud teach ")
-    assert one(llama, Example("cloud teach ", "1", "2")).prompt_length == len(alone)
+    assert one(llama, Example("cloud teach ", ("1", "2"))).prompt_length == len(alone)
     for chosen, rejected in (("glass", "1"), ("1", "glass")):
-        pair = one(llama, Example("cloud teach ", chosen, rejected))
+        pair = one(llama, Example("cloud teach ", (chosen, rejected)))
         assert pair.prompt_length == len(alone) - 1
-        assert pair.chosen[: pair.prompt_length] == pair.rejected[: pair.prompt_length] == alone[:-1]
+        assert pair.sequences[0][: pair.prompt_length] == pair.sequences[1][: pair.prompt_length] == alone[:-1]
 
 
 def test_eos_ends_plain_text_once(llama):
     eos = llama.eos_token_id
-    pair = one(llama, Example("cloud teach ", "glass" + llama.eos_token, "kind"))
-    assert pair.chosen.count(eos) == pair.rejected.count(eos) == 1
-    assert pair.chosen[-1] == pair.rejected[-1] == eos
+    pair = one(llama, Example("cloud teach ", ("glass" + llama.eos_token, "kind")))
+    assert pair.sequences[0].count(eos) == pair.sequences[1].count(eos) == 1
+    assert pair.sequences[0][-1] == pair.sequences[1][-1] == eos
 
 
 def test_one_bad_row_does_not_stop_the_others(llama):
@@ -261,9 +262,9 @@ def test_one_bad_row_does_not_stop_the_others(llama):
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
         "{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
     )
-    good, bad = Example([USER], [GOOD], [BAD]), Example([SYSTEM, USER], [GOOD], [BAD])
-    results = encode_pairs(llama, [good, bad, good], chat_template=strict)
-    assert isinstance(results[0], EncodedPair) and results[0] == results[2]
+    good, bad = Example([USER], ([GOOD], [BAD])), Example([SYSTEM, USER], ([GOOD], [BAD]))
+    results = encode(llama, [good, bad, good], chat_template=strict)
+    assert isinstance(results[0], Encoded) and results[0] == results[2]
     assert isinstance(results[1], RowError) and "no system here" in results[1].detail
 
 
@@ -281,20 +282,20 @@ def test_thoughts_stripped_from_the_history_leave_the_border_right(tokenizers):
     earlier = {"role": "assistant", "content": "<think>river</think>ocean"}
     answer = {"role": "assistant", "content": "<think>paper</think>glass"}
     template = THINKING.replace("GENERATION", "")
-    pair = one(tokenizer, Example([USER, earlier, USER], [answer], [BAD]), chat_template=template)
-    assert "river" not in tokenizer.decode(pair.chosen)
-    assert tokenizer.decode(pair.chosen[pair.prompt_length :]) == answer["content"] + "<|im_end|>\n"
+    pair = one(tokenizer, Example([USER, earlier, USER], ([answer], [BAD])), chat_template=template)
+    assert "river" not in tokenizer.decode(pair.sequences[0])
+    assert tokenizer.decode(pair.sequences[0][pair.prompt_length :]) == answer["content"] + "<|im_end|>\n"
 
 
 def test_a_generation_prompt_that_opens_a_thought_is_cut_where_the_texts_part(tokenizers):
     tokenizer = tokenizers["qwen3"]
-    pair = one(tokenizer, Example([USER], [GOOD], [BAD]), chat_template=THINKING.replace("GENERATION", "<think>\n"))
-    assert tokenizer.decode(pair.chosen[pair.prompt_length :]) == GOOD["content"] + "<|im_end|>\n"
+    pair = one(tokenizer, Example([USER], ([GOOD], [BAD])), chat_template=THINKING.replace("GENERATION", "<think>\n"))
+    assert tokenizer.decode(pair.sequences[0][pair.prompt_length :]) == GOOD["content"] + "<|im_end|>\n"
 
 
 def test_a_template_that_rewrites_the_history_is_an_error_of_the_row(tokenizers):
     rewriting = "{% for m in messages %}{{ '<|im_start|>' ~ messages | length ~ m['content'] }}{% endfor %}"
-    result = one(tokenizers["qwen3"], Example([USER], [GOOD], [BAD]), chat_template=rewriting)
+    result = one(tokenizers["qwen3"], Example([USER], ([GOOD], [BAD])), chat_template=rewriting)
     assert isinstance(result, RowError) and result.reason == "the chat template rewrites the history"
 
 
@@ -303,9 +304,9 @@ def test_without_a_generation_prompt_the_header_belongs_to_the_prompt(llama):
         "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}"
         "{% endfor %}"
     )
-    pair = one(llama, Example([USER], [GOOD], [{**BAD, "content": "assistant"}]), chat_template=headed)
-    assert llama.decode(pair.chosen[pair.prompt_length :]) == GOOD["content"] + "<|im_end|>"
-    assert llama.decode(pair.rejected[pair.prompt_length :]) == "assistant<|im_end|>"
+    pair = one(llama, Example([USER], ([GOOD], [{**BAD, "content": "assistant"}])), chat_template=headed)
+    assert llama.decode(pair.sequences[0][pair.prompt_length :]) == GOOD["content"] + "<|im_end|>"
+    assert llama.decode(pair.sequences[1][pair.prompt_length :]) == "assistant<|im_end|>"
 
 
 def test_the_template_sees_a_fixed_date(llama):
@@ -317,6 +318,6 @@ def test_messages_without_a_template_are_refused_with_the_ways_out(tokenizers):
     bare = load_tokenizer("llama")
     bare.chat_template = None
     with pytest.raises(ValueError, match="no chat template.*data.chat_template"):
-        encode_pairs(bare, [Example([USER], [GOOD], [BAD])])
+        encode(bare, [Example([USER], ([GOOD], [BAD]))])
     with pytest.raises(ValueError, match="chat template cannot be read"):
-        encode_pairs(bare, [Example([USER], [GOOD], [BAD])], chat_template="{% for %}")
+        encode(bare, [Example([USER], ([GOOD], [BAD]))], chat_template="{% for %}")

@@ -1,10 +1,8 @@
-"""Sources, the prepared cache, batches and prefetch."""
+"""Sources and the prepared cache."""
 
 import gzip
 import json
-import math
 import shutil
-import threading
 import time
 
 import numpy as np
@@ -13,8 +11,9 @@ from common import FAMILIES, case, load_tokenizer, policy
 
 from jaxalign import hf
 from jaxalign.data import sources
-from jaxalign.data.batching import EvalBatches, PairSource, default_buckets, make_batch, prefetch
-from jaxalign.data.formats import RowError, hh
+from jaxalign.data.batching import ExampleSource, make_batch
+from jaxalign.data.formats import RowError
+from jaxalign.data.formats.hh import hh
 from jaxalign.data.sources import prepare, read_rows, split_by_hash
 from jaxalign.data.tokenizers import Lazy
 
@@ -140,9 +139,10 @@ def test_truncation_is_trls(tmp_path):
         fitting = [i for i in range(len(full)) if full.prompt_lengths[i] < 40]
         assert len(cut) == len(fitting)
         for at, i in enumerate(fitting):
-            for got, whole in zip(cut.pair(at)[:2], full.pair(i)[:2], strict=True):
-                np.testing.assert_array_equal(got, whole[:40])
-            assert cut.pair(at)[2] == full.pair(i)[2]
+            for j in range(2):
+                for got, whole in zip(cut.sequence(at, j), full.sequence(i, j), strict=True):
+                    np.testing.assert_array_equal(got, whole[:40])
+            assert cut.prompt_lengths[at] == full.prompt_lengths[i]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_dropped_with_number_and_reason(tokenizer, tmp_path
         (5, "rejected is empty or blank"),
     ]
     assert [done.source_row(i) for i in range(len(done))] == [0, 3]
-    assert done.lengths[1].tolist() == [64, len(done.pair(1)[1])] and done.meta["truncated"] == 1
+    assert done.lengths[1].tolist() == [64, len(done.sequence(1, 1)[0])] and done.meta["truncated"] == 1
     assert sum(done.meta["dropped"].values()) + done.meta["kept"] == done.meta["rows"] == 6
     assert done.source_text(4) == {"chosen": "a"}
     strict = prepare(rows, on_long="drop", **options)
@@ -215,8 +215,8 @@ def test_wrong_arguments_are_named(tokenizer, tmp_path, wrong):
 
 def test_second_start_reads_the_cache_and_any_change_misses_it(tokenizer, tmp_path, monkeypatch):
     made = []
-    encode = sources._encode_file
-    monkeypatch.setattr(sources, "_encode_file", lambda *args: made.append(1) or encode(*args))
+    encode = sources.encode_file
+    monkeypatch.setattr(sources, "encode_file", lambda *args: made.append(1) or encode(*args))
     file = write_jsonl(tmp_path / "a.jsonl", ROWS)
     cache = tmp_path / "cache"
 
@@ -261,7 +261,7 @@ def test_a_killed_run_leaves_nothing_that_is_used(tokenizer, tmp_path, monkeypat
     def die(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sources, "_assemble", die)
+    monkeypatch.setattr(sources, "assemble", die)
     with pytest.raises(KeyboardInterrupt):
         prepare(ROWS, tokenizer=tokenizer, max_length=64, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -270,7 +270,7 @@ def test_a_killed_run_leaves_nothing_that_is_used(tokenizer, tmp_path, monkeypat
 
 
 def test_the_slower_of_two_writers_uses_the_faster_ones_work(tokenizer, tmp_path, monkeypatch):
-    assemble = sources._assemble
+    assemble = sources.assemble
     raced = []
 
     def race(*args):
@@ -279,7 +279,7 @@ def test_the_slower_of_two_writers_uses_the_faster_ones_work(tokenizer, tmp_path
             raced.append(prepare(ROWS, tokenizer=tokenizer, max_length=64, cache_dir=tmp_path))
         return assemble(*args)
 
-    monkeypatch.setattr(sources, "_assemble", race)
+    monkeypatch.setattr(sources, "assemble", race)
     slower = prepare(ROWS, tokenizer=tokenizer, max_length=64, cache_dir=tmp_path)
     assert slower.folder == raced[1].folder and slower.fingerprint == raced[1].fingerprint
     assert len(list(tmp_path.iterdir())) == 1
@@ -306,7 +306,7 @@ def test_a_second_start_on_100k_rows_takes_under_10_seconds(tokenizer, tmp_path)
     first = prepare(file, **options)
     began = time.monotonic()
     again = prepare(file, **options)
-    batch = PairSource(again, batch_size=64, seed=0)(1000)
+    batch = ExampleSource(again, batch_size=64, seed=0)(1000)
     assert time.monotonic() - began < 10
     assert len(again) == 100_000 and again.fingerprint == first.fingerprint and batch["tokens"].shape[0] == 128
 
@@ -319,7 +319,7 @@ def test_a_failing_worker_is_reported(tokenizer, tmp_path, monkeypatch):
 
 
 def test_what_the_tokenizer_lacks_is_said_before_any_worker_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_run_workers", lambda *args: pytest.fail("a worker was started"))
+    monkeypatch.setattr(sources, "run_workers", lambda *args: pytest.fail("a worker was started"))
     bare = load_tokenizer("llama")
     bare.chat_template = None
     chat = [{"role": "user", "content": "a"}]
@@ -367,165 +367,6 @@ def test_split_by_hash_keeps_each_prompt_in_one_part(tokenizer, tmp_path):
     assert len({done.fingerprint, train.fingerprint, held_out.fingerprint}) == 3
     with pytest.raises(ValueError, match="fraction"):
         split_by_hash(done, 1e-9)
-
-
-# ---- batches
-
-
-def test_a_batch_holds_what_the_contract_says(prepared):
-    batch = PairSource(prepared, batch_size=4, seed=0)(3)
-    length = batch["tokens"].shape[1]
-    dtypes = {name: (leaf.dtype.name, leaf.shape) for name, leaf in batch.items()}
-    assert dtypes == {
-        "tokens": ("int32", (8, length)),
-        "mask": ("bool", (8, length)),
-        "positions": ("int32", (8, length)),
-        "lengths": ("int32", (8,)),
-        "row_ids": ("int64", (8,)),
-    }
-    assert batch["row_ids"][::2].tolist() == batch["row_ids"][1::2].tolist()
-    for i in range(8):
-        *sides, border = prepared.pair(int(batch["row_ids"][i]))
-        ids = sides[i % 2]
-        assert batch["lengths"][i] == len(ids)
-        assert batch["tokens"][i, : len(ids)].tolist() == ids.tolist()
-        assert (batch["tokens"][i, len(ids) :] == prepared.pad_id).all()
-        assert np.flatnonzero(batch["mask"][i]).tolist() == list(range(border, len(ids)))
-    np.testing.assert_array_equal(batch["positions"], np.tile(np.arange(length), (8, 1)))
-
-
-def test_every_epoch_has_each_pair_once_in_another_order(prepared):
-    size, batch_size = len(prepared), 4
-    source = PairSource(prepared, batch_size=batch_size, seed=5)
-    stream = np.concatenate([source.pairs_of(step) for step in range(source.steps(2.5))])
-    assert source.steps(2.5) == math.ceil(2.5 * size / batch_size)
-    epochs = [stream[:size], stream[size : 2 * size]]
-    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
-    assert epochs[0].tolist() != epochs[1].tolist()
-    assert len(set(stream[2 * size :])) == len(stream[2 * size :])
-    other = PairSource(prepared, batch_size=batch_size, seed=6)
-    assert other.pairs_of(0).tolist() != source.pairs_of(0).tolist()
-    plain = PairSource(prepared, batch_size=batch_size, seed=5, shuffle=False)
-    assert plain.pairs_of(9).tolist() == [36, 0, 1, 2]
-
-
-@pytest.mark.parametrize("part", ["all", "subset"])
-def test_resuming_at_any_step_gives_the_same_batches(tokenizer, tmp_path, prepared, part):
-    data = prepared if part == "all" else split_by_hash(prepared, 0.4)[0]
-    run = PairSource(data, batch_size=4, seed=1)
-    steps = run.steps(2.5)
-    whole = list(prefetch(run, 0, steps))
-    assert len(whole) == steps
-    epoch_edge = len(data) // 4
-    for start in (1, epoch_edge, epoch_edge + 1, steps - 1, steps):
-        again = prepare(ROWS, tokenizer=tokenizer, max_length=64, cache_dir=tmp_path)
-        again = again if part == "all" else split_by_hash(again, 0.4)[0]
-        rest = list(prefetch(PairSource(again, batch_size=4, seed=1), start, steps, depth=3))
-        for left, right in zip(whole[start:], rest, strict=True):
-            assert all(np.array_equal(left[name], right[name]) for name in left)
-
-
-def test_two_processes_rows_are_the_whole(prepared):
-    whole = PairSource(prepared, batch_size=4, seed=2)
-    halves = [PairSource(prepared, batch_size=4, seed=2, rows=rows) for rows in (np.arange(4), [4, 5, 6, 7])]
-    interleaved = PairSource(prepared, batch_size=4, seed=2, rows=[1, 6])
-    for step in range(12):
-        batch, parts, odd = whole(step), [half(step) for half in halves], interleaved(step)
-        for name, leaf in batch.items():
-            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), leaf)
-            np.testing.assert_array_equal(odd[name], leaf[[1, 6]])
-
-
-def test_row_lengths_come_from_few_buckets(prepared):
-    source = PairSource(prepared, batch_size=2, seed=0, buckets=(16, 32, 64))
-    lengths = {source(step)["tokens"].shape[1] for step in range(40)}
-    assert lengths <= {16, 32, 64} and len(lengths) > 1
-    for step in range(40):
-        batch = source(step)
-        needed = batch["lengths"].max()
-        assert batch["tokens"].shape[1] == min(bucket for bucket in (16, 32, 64) if bucket >= needed)
-    with pytest.raises(ValueError, match="end before the longest row"):
-        PairSource(prepared, batch_size=2, seed=0, buckets=(8,))
-
-
-@pytest.mark.parametrize("max_length", [2, 16, 100, 128, 200, 512, 1000, 1024, 2048, 3000, 8192, 32768])
-def test_default_buckets_are_few_and_hold_the_longest(max_length):
-    buckets = default_buckets(max_length)
-    assert list(buckets) == sorted(set(buckets)) and len(buckets) <= 18
-    assert max_length <= buckets[-1] < max_length + 128
-    assert all(bucket % (128 if max_length >= 1024 else 16) == 0 for bucket in buckets)
-
-
-def test_evaluation_sees_each_pair_once_and_fills_up(prepared):
-    batches = EvalBatches(prepared, batch_size=4, buckets=(16, 32, 64))
-    assert len(batches) == math.ceil(len(prepared) / 4)
-    seen = np.concatenate([batch["row_ids"][::2] for batch in batches])
-    assert sorted(seen[seen >= 0]) == list(range(len(prepared)))
-    assert all(batch["tokens"].shape[0] == 8 for batch in batches)
-    last = batches[len(batches) - 1]
-    filler = last["row_ids"] == -1
-    assert filler.sum() == 2 * (-len(prepared) % 4) > 0
-    assert not last["mask"][filler].any() and not last["lengths"][filler].any()
-    assert (last["tokens"][filler] == prepared.pad_id).all()
-    lengths = [batch["tokens"].shape[1] for batch in batches]
-    assert lengths == sorted(lengths)
-    few = EvalBatches(prepared, batch_size=4, limit=6)
-    assert sorted(np.concatenate([batch["row_ids"][::2] for batch in few])) == [-1, -1, 0, 1, 2, 3, 4, 5]
-    half = EvalBatches(prepared, batch_size=4, buckets=(16, 32, 64), rows=[0, 1, 6])
-    np.testing.assert_array_equal(half[2]["tokens"], batches[2]["tokens"][[0, 1, 6]])
-
-
-def test_batches_refuse_what_cannot_be(prepared):
-    with pytest.raises(ValueError, match="batch_size=0"):
-        PairSource(prepared, batch_size=0, seed=0)
-    with pytest.raises(ValueError, match="no pairs"):
-        PairSource(prepared.select(np.arange(0)), batch_size=1, seed=0)
-    with pytest.raises(ValueError, match="rows reach from 0 to 8"):
-        PairSource(prepared, batch_size=4, seed=0, rows=[0, 8])
-
-
-# ---- prefetch
-
-
-def test_prefetch_runs_ahead_in_another_thread():
-    asked, main = [], threading.current_thread()
-
-    def source(step, view):
-        asked.append((step, view))
-        assert threading.current_thread() is not main
-        return {"step": np.asarray(step)}
-
-    batches = prefetch(source, 3, 100, view="params", depth=2)
-    assert next(batches)["step"] == 3
-    deadline = time.time() + 10
-    while len(asked) < 3 and time.time() < deadline:
-        time.sleep(0.01)
-    assert sorted(asked) == [(3, "params"), (4, "params"), (5, "params")]
-    batches.close()
-
-
-def test_prefetch_raises_where_the_bad_batch_is_taken():
-    def source(step, view):
-        if step == 2:
-            raise RuntimeError("batch 2 cannot be read")
-        return {"step": np.asarray(step)}
-
-    batches = prefetch(source, 0, 5)
-    assert [int(next(batches)["step"]) for _ in range(2)] == [0, 1]
-    with pytest.raises(RuntimeError, match="batch 2 cannot be read"):
-        next(batches)
-
-
-def test_closing_prefetch_ends_its_threads():
-    before = threading.active_count()
-    batches = prefetch(lambda step, view: {"step": np.asarray(step)}, 0, 1000)
-    next(batches)
-    batches.close()
-    deadline = time.time() + 10
-    while threading.active_count() > before and time.time() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() <= before
-    assert list(prefetch(lambda step, view: {}, 4, 4)) == []
 
 
 def test_a_lazy_tokenizer_is_not_read_where_its_rows_are_kept_already(tmp_path):

@@ -54,7 +54,7 @@ def poisoned(cached, tmp_path):
     logps = np.load(file)["logps"]
     values = config.validate(runs.config(tmp_path, data__cache_dir=str(cache), **CACHED))
     prepared = build.load_data(values, tmp_path / "dropped.jsonl").train
-    pair = int(batching.PairSource(prepared, batch_size=8, seed=0, buckets=(48,)).pairs_of(2)[5])
+    pair = int(batching.ExampleSource(prepared, batch_size=8, seed=0, buckets=(48,)).examples_of(2)[5])
     logps[reference.Cached(prepared, logps).span(pair, 1)] = np.nan
     np.savez(file, logps=logps)
     return cache, prepared.source_row(pair)

@@ -559,7 +559,7 @@ def test_stop_ids_are_those_of_config_generation_config_and_template(llama):
 
 
 def test_a_template_that_ends_no_turn_or_refuses_gives_none():
-    for template in ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "{{ raise_exception('no') }}", "fixed"):
+    for template in ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "{{ raise_exception('no') }}", "{{ 'fixed' }}"):
         assert hf.end_of_turn(hf.load_tokenizer(policy("llama"), chat_template=template)) is None
     tokenizer = hf.load_tokenizer(policy("llama"))
     tokenizer.chat_template = None

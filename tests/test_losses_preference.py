@@ -62,6 +62,14 @@ VARIANTS = [
     ("cpo_hinge", {"beta": 0.03, "alpha": 0.01}),
     ("cpo_ipo", {"beta": 0.1}),
     ("cpo_ipo", {"beta": 0.4, "alpha": 0.25}),
+    ("tpo", {"beta": 0.01}),
+    ("tpo", {"beta": 0.3, "label_smoothing": 0.2}),
+    ("tpo_hinge", {"beta": 0.01}),
+    ("tpo_hinge", {"beta": 0.03}),
+    ("tpo_ipo", {"beta": 0.1}),
+    ("tpo_ipo", {"beta": 0.4}),
+    ("tpo_l", {"beta": 2.0}),
+    ("tpo_l", {"beta": 2.5, "gamma_beta_ratio": 0.1, "label_smoothing": 0.2}),
 ]
 COUPLED = [
     ("aot", {"beta": 0.1}),
@@ -159,6 +167,10 @@ def one(
         "cpo": lambda: smoothed(beta * (reward(pc) - reward(pr)), smoothing),
         "cpo_hinge": lambda: max(0.0, 1 - beta * (reward(pc) - reward(pr))),
         "cpo_ipo": lambda: (reward(qc) - reward(qr) - 1 / (2 * beta)) ** 2,
+        "tpo": lambda: smoothed(beta * (pc - pr), smoothing),
+        "tpo_hinge": lambda: max(0.0, 1 - beta * (pc - pr)),
+        "tpo_ipo": lambda: (qc - qr - 1 / (2 * beta)) ** 2,
+        "tpo_l": lambda: smoothed(beta * (qc - qr) - beta * gamma_beta_ratio, smoothing),
     }[name]()
 
 
@@ -194,6 +206,10 @@ BY_HAND = [
     ("cpo", {"beta": 1.0}, math.log(1 + math.exp(1))),
     ("cpo_hinge", {"beta": 0.5}, 1.5),
     ("cpo_ipo", {"beta": 0.25}, 16.0),
+    ("tpo", {"beta": 1.0}, math.log(1 + math.exp(1))),
+    ("tpo_hinge", {"beta": 0.5}, 1.5),
+    ("tpo_ipo", {"beta": 0.25}, 16.0),
+    ("tpo_l", {"beta": 0.5, "gamma_beta_ratio": 2.0}, math.log(1 + math.exp(2))),
 ]  # fmt: skip
 
 
@@ -255,6 +271,29 @@ def test_a_loss_of_distributions_equals_plain_numpy_and_is_not_that_of_single_pa
     np.testing.assert_allclose(logged["rewards/chosen"], options["beta"] * (logps[0] - logps[2]), rtol=1e-5)
 
 
+@each(COUPLED)
+@pytest.mark.parametrize("weights", [(2, 1, 0, 3, 1, 0, 1), (1, 0.5, 1.5, 0, 2.5, 1, 0.5)], ids=str)
+def test_a_weight_in_the_distributions_is_how_often_a_pair_is_there(name, options, weights):
+    logps, _ = pairs()
+    weights = np.array(weights, np.float32)
+    often = np.repeat(np.arange(7), (2 * weights).astype(int))
+    spread = [np.asarray(x)[often] for x in logps]
+
+    def weighted(*logps):
+        found = bound(name, {}, **options, weight=weights)(*logps)[0]
+        return (weights * found).sum() / weights.sum()
+
+    def repeated(*logps):
+        return bound(name, {}, **options)(*(jnp.asarray(x)[often] for x in logps))[0].mean()
+
+    (value, gradients), (want, wanted) = (jax.value_and_grad(f, (0, 1))(*logps) for f in (weighted, repeated))
+    np.testing.assert_allclose(value, aot_oracle(name, spread, **options), rtol=1e-5)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    for gradient, expected in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-8)
+        assert not gradient[weights == 0].any()
+
+
 def test_variants_set_every_option_of_every_loss():
     for name, loss in LOSSES.items():
         mine = [options for variant, options in VARIANTS + COUPLED if variant == name]
@@ -276,10 +315,10 @@ def test_weight_zero_on_a_filler_pair_equals_slicing_it_away(name, options):
     filled = [np.insert(x, 2, np.float32(0)) for x in logps]
     filled_tokens = {k: np.insert(v, 2, 0) for k, v in tokens.items()}
     weights = np.array([1, 1, 0, 1, 1], np.float32)
-    valid = {"valid": weights > 0} if LOSSES[name].couples else {}
+    counted = {"weight": weights} if LOSSES[name].couples else {}
 
     def with_filler(*logps):
-        return jnp.sum(bound(name, filled_tokens, **options, **valid)(*logps)[0] * weights) / weights.sum()
+        return jnp.sum(bound(name, filled_tokens, **options, **counted)(*logps)[0] * weights) / weights.sum()
 
     def sliced(*logps):
         return jnp.mean(bound(name, tokens, **options)(*logps)[0])
@@ -414,7 +453,7 @@ def test_what_is_known_of_a_loss_is_read_from_its_signature():
     assert preference.takes_tokens and not preference.needs_reference and not preference.couples
     assert preference.options == {"tau": 0.5, "cpo_alpha": 0.3}
     assert not LOSSES["hinge"].takes_tokens and LOSSES["hinge"].needs_reference
-    assert LOSSES["aot"].couples and "valid" not in LOSSES["aot"].options
+    assert LOSSES["aot"].couples and "weight" not in LOSSES["aot"].options
     assert LOSSES["nca_pair"].options == {"beta": 0.1, "ld_alpha": None, "use_weighting": False}
     assert "use_weighting" not in LOSSES["aot_unpaired"].options and "cpo_alpha" not in LOSSES["orpo"].options
 
@@ -424,6 +463,7 @@ def test_defaults_are_the_papers():
         "beta": 2.0, "gamma_beta_ratio": 0.5, "label_smoothing": 0, "alpha": 0, "cpo_alpha": 0.0
     }  # fmt: skip
     assert LOSSES["cpo"].options["cpo_alpha"] == 1.0 and LOSSES["exo_pair"].options["label_smoothing"] == 1e-3
+    assert LOSSES["tpo"].options == {"beta": 0.01, "label_smoothing": 0.0, "tpo_alpha": 1.0}
     assert LOSSES["discopop"].options["discopop_tau"] == 0.05 and LOSSES["orpo"].options == {"beta": 0.1}
 
 

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-from common import FAMILIES, GRADIENT_NORM, LOSS, REWARD, SEQUENCE_LOGPS, case, model, pair_batch, positions
+from common import FAMILIES, GRADIENT_NORM, LOSS, REWARD, SEQUENCE_LOGPS, case, model, packed, pair_batch, positions
+from programs import SCORE, assert_golden_gradients, hf_norms, in_two_programs
 
 from jaxalign import losses, metrics, models, objectives, optim, reference, sharding, step
 
@@ -17,6 +18,7 @@ DPO = (
     "dpo_forward_kl", "dpo_js_divergence", "dpo_alpha_divergence", "dpo_ld_alpha_0.5", "dpo_precomputed_ref",
     "dpo_trunc_keep_start",
 )  # fmt: skip
+TRIPLES = ("tpo_sigmoid",)
 REFERENCE_FREE = ("orpo_beta0.1", "cpo_sigmoid", "cpo_sigmoid_ls0.1", "cpo_no_nll", "cpo_simpo", "cpo_simpo_nll")
 
 
@@ -31,6 +33,10 @@ def objective_of(golden, cfg):
         if kind == "simpo":
             options["gamma_beta_ratio"] = settings["simpo_gamma"] / settings["beta"]
         return objectives.pairwise(cfg, {"sigmoid": "cpo", "simpo": "simpo"}[kind], **options)
+    if "TPO" in golden["trainer"]:
+        return objectives.make(
+            cfg, "tpo", **{name: settings[name] for name in ("beta", "label_smoothing", "tpo_alpha")}
+        )
     names = settings["loss_type"]
     terms = dict(zip(names, settings["loss_weights"] or [1.0] * len(names), strict=True))
     taken = {"beta"}.union(*(losses.LOSSES[name].options for name in names if name != "sft"))
@@ -56,47 +62,8 @@ def free_batch(a):
 
 def padded(batch):
     """With fillers and padding up to the largest golden batch, so that all of them share their programs."""
-    rows, time = 20, 68
+    rows, time = 24, 68
     return {name: np.pad(x, [(0, rows - len(x)), (0, time - x.shape[-1])][: x.ndim]) for name, x in batch.items()}
-
-
-SCORE = objectives.logprobs.score
-
-
-@functools.cache
-def forward_and_pullback(cfg):
-    """(params, batch, cotangent of the log-probs) -> (token statistics, gradients); one program for all losses."""
-
-    def both(params, batch, cotangent):
-        def score(params):
-            found = SCORE(cfg, params, batch, want=objectives.logprobs.STATISTICS)
-            return found["logps"], found
-
-        _, pullback, stats = jax.vjp(score, params, has_aux=True)
-        return stats, pullback(cotangent)[0]
-
-    return jax.jit(both)
-
-
-def in_two_programs(objective, params, batch, monkeypatch):
-    """What `in_one_program` gives, with the model's program apart from the loss, which then needs no compilation."""
-    seen = {}
-    both = forward_and_pullback(objective.cfg)
-    nothing = np.zeros(batch["tokens"].shape, np.float32)
-
-    def call(mask, cotangent):
-        return both(params, {"tokens": batch["tokens"], "positions": batch["positions"], "mask": mask}, cotangent)
-
-    def score(cfg, probe, batch, *, want=("logps",)):
-        seen["mask"] = np.asarray(batch["mask"])
-        stats = call(seen["mask"], nothing)[0]
-        return {name: stats[name] + probe if name == "logps" else stats[name] for name in want}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(objectives.logprobs, "score", score)
-        (loss, found), cotangent = jax.value_and_grad(objective, has_aux=True)(nothing, None, batch, {}, None)
-        examples = objective.examples(nothing, None, batch)
-    return jax.device_get((loss, found, call(seen["mask"], cotangent)[1], examples))
 
 
 def in_one_program(objective, params, batch, monkeypatch):
@@ -116,31 +83,19 @@ def scored(family, batch):
     return {**batch, "ref_logps": np.asarray(score_of(cfg)(params, batch))}
 
 
-def hf_norms(gradients, cfg):
-    """L2 norm of each gradient under Hugging Face's name; stacked leaves give one a layer."""
-    norms = {}
-    for path, g in jax.tree_util.tree_leaves_with_path(gradients):
-        keys = [k.key for k in path]
-        last = "bias" if keys[-1] == "bias" else "weight"
-        if keys[0] == "layers":
-            for i in range(cfg.num_hidden_layers):
-                norms[".".join(["model.layers", str(i), *keys[1:-1], last])] = float(np.linalg.norm(g[i]))
-        else:
-            head = [] if keys[0] == "lm_head" else ["model"]
-            norms[".".join([*head, *keys[:-1], last])] = float(np.linalg.norm(g))
-    return norms
-
-
 @pytest.mark.parametrize(
     ("name", "family", "compute"),
-    [(name, family, in_two_programs) for name in (*DPO, *REFERENCE_FREE) for family in FAMILIES]
+    [(name, family, in_two_programs) for name in (*DPO, *REFERENCE_FREE, *TRIPLES) for family in FAMILIES]
     + [("dpo_sigmoid_plus_sft", "llama", in_one_program), ("dpo_aot_ls0.1", "qwen2", in_one_program)]
     + [("orpo_beta0.1", "qwen3", in_one_program)],
 )
 def test_loss_metrics_and_gradients_equal_trl(name, family, compute, monkeypatch):
     golden, a = case(family, name)
     cfg, params = model(family)
-    batch = padded(free_batch(a)) if name in REFERENCE_FREE else scored(family, padded(pair_batch(a)))
+    if name in REFERENCE_FREE:
+        batch = padded(free_batch(a))
+    else:
+        batch = padded(pair_batch(a, 3)) if name in TRIPLES else scored(family, padded(pair_batch(a)))
     if name == "dpo_precomputed_ref":
         # The reference comes as sums; any split over tokens will do, as a loss sees sums.
         given = np.stack([a["in.ref_chosen_logps"], a["in.ref_rejected_logps"]], axis=1).reshape(-1)
@@ -152,8 +107,8 @@ def test_loss_metrics_and_gradients_equal_trl(name, family, compute, monkeypatch
     loss, found, gradients, examples = compute(objective, params, batch, monkeypatch)
     np.testing.assert_allclose(loss, golden["loss"], **LOSS)
     np.testing.assert_allclose(objective.total(examples), golden["loss"], **LOSS)
-    examples = {name: x[: len(a["out.rewards.chosen"])] for name, x in examples.items()}
-    for side in ("chosen", "rejected"):
+    for side in () if name in TRIPLES else ("chosen", "rejected"):
+        examples = {name: x[: len(a["out.rewards.chosen"])] for name, x in examples.items()}
         logps = a[f"out.avg_logps.{side}" if name.startswith("orpo") else f"out.logps.{side}"]
         np.testing.assert_allclose(examples[f"logps/{side}"], logps, **SEQUENCE_LOGPS)
         np.testing.assert_allclose(examples[f"rewards/{side}"], a[f"out.rewards.{side}"], **REWARD)
@@ -176,19 +131,71 @@ def test_loss_metrics_and_gradients_equal_trl(name, family, compute, monkeypatch
             continue
         np.testing.assert_allclose(values[key], want, **tolerance.get(kind, LOSS), err_msg=key)
 
-    norms = hf_norms(gradients, cfg)
-    assert set(norms) == set(golden["grad_norms"])
-    for key, want in golden["grad_norms"].items():
-        np.testing.assert_allclose(norms[key], want, **GRADIENT_NORM, err_msg=key)
-    entries = {
-        "out.grad.model.norm.weight": gradients["norm"]["scale"],
-        "out.grad.model.layers.0.input_layernorm.weight": gradients["layers"]["input_layernorm"]["scale"][0],
-        "out.grad.model.layers.1.self_attn.k_proj.weight[:4]": (
-            gradients["layers"]["self_attn"]["k_proj"]["kernel"][1].T[:4]
-        ),
-    }
-    for key, got in entries.items():
-        np.testing.assert_allclose(got, a[key], atol=2e-4 * np.abs(a[key]).max(), rtol=0, err_msg=key)
+    assert_golden_gradients(gradients, golden, a, cfg)
+
+
+# Loss and global gradient norm of TRL 1.16's TPOTrainer._compute_loss on the arrays and the model of tpo_sigmoid; its
+# tpo_l_gamma is 0.6.
+TPO = (
+    ("tpo", {"beta": 0.1, "label_smoothing": 0.2, "tpo_alpha": 0.3}, 1.7027372121810913, 2.8116307258605957),
+    ("tpo", {"beta": 0.1, "tpo_alpha": 0.0}, 1.0547138452529907, 3.467266798019409),
+    ("tpo_hinge", {"beta": 0.1}, 3.439462184906006, 5.269750118255615),
+    ("tpo_ipo", {"beta": 0.3, "tpo_alpha": 0.5}, 4.336711883544922, 13.529094696044922),
+    ("tpo_l", {"beta": 2.0, "gamma_beta_ratio": 0.3, "label_smoothing": 0.1, "tpo_alpha": 0.7}, 2.6277904510498047,
+     4.846238136291504),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "loss", "norm"), TPO, ids=[f"{name}-{x}" for name, *_, x in TPO])
+def test_the_other_losses_of_triples_equal_trl(name, options, loss, norm, monkeypatch):
+    cfg, params = model("llama")
+    batch = padded(pair_batch(case("llama", "tpo_sigmoid")[1], 3))
+    objective = objectives.make(cfg, name, **options)
+    assert objective.kind == "triples" and not objective.needs_reference
+    value, _, gradients, examples = in_two_programs(objective, params, batch, monkeypatch)
+    np.testing.assert_allclose(value, loss, **LOSS)
+    np.testing.assert_allclose(objective.total(examples), loss, **LOSS)
+    np.testing.assert_allclose(optax.tree.norm(gradients), norm, **GRADIENT_NORM)
+
+
+PACKED = (
+    ({"sigmoid": 1.0, "sft": 0.5}, {"ld_alpha": 0.4, "f_divergence_type": "js_divergence"}),
+    ("ipo", {"use_weighting": True}),
+    ({"aot": 1.0, "exo_pair": 0.5, "sft": 0.3}, {"ld_alpha": 0.4}),
+    ("orpo", {}),
+    ("cpo", {}),
+    ("tpo_l", {"tpo_alpha": 0.5}),
+)
+
+
+@pytest.mark.parametrize(("terms", "options"), PACKED, ids=[str(terms) for terms, _ in PACKED])
+@pytest.mark.parametrize("shared", [False, True], ids=["packed", "prompts_once"])
+def test_packed_rows_give_the_loss_and_gradients_of_unpacked_ones(terms, options, shared, monkeypatch):
+    cfg, params = model("llama")
+    objective = objectives.make(cfg, terms, **options)
+    if shared and not objective.shares_prompt:
+        assert terms == "orpo"
+        return
+    name = "tpo_sigmoid" if objective.kind == "triples" else "dpo_sigmoid"
+    batch = padded(pair_batch(case("llama", name)[1], objective.width))
+    batch = scored("llama", batch) if objective.needs_reference else batch
+    weights = np.random.default_rng(0).uniform(0.2, 2, len(batch["tokens"]) // objective.width).astype(np.float32)
+    batch["weight"] = np.repeat(weights, objective.width)[:, None]
+    rows = packed(batch, objective.width, shared=shared)
+    assert objective.group(rows) == 1 and objective.group(batch) == objective.width
+    want = in_two_programs(objective, params, batch, monkeypatch)
+    got = in_two_programs(objective, params, rows, monkeypatch)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    for gradient, expected in zip(*map(jax.tree.leaves, (got[2], want[2])), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    values, wanted = metrics.reduce(got[1]), metrics.reduce(want[1])
+    assert values.keys() == wanted.keys()
+    for key, value in wanted.items():
+        np.testing.assert_allclose(values[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+    assert got[3].keys() == want[3].keys()
+    for key, value in want[3].items():
+        np.testing.assert_allclose(got[3][key][:6], value[:6], rtol=1e-4, atol=1e-4, err_msg=key)
+        assert not got[3][key][6:].any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -301,19 +308,21 @@ TERMS = (*losses.LOSSES, {"sigmoid": 1.0, "sft": 1.0}, {"aot": 0.3, "simpo": 1.0
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 def test_an_all_masked_pair_and_an_empty_side_give_finite_losses_and_gradients(terms, monkeypatch):
     cfg, params = model("llama")
-    batch = scored("llama", padded(pair_batch(case("llama", "dpo_sigmoid")[1])))
-    batch["mask"] = batch["mask"].copy()
-    batch["mask"][:2] = False  # a filler pair, beside those at the end
-    batch["mask"][2] = False  # a pair whose chosen side is empty
     options = {} if isinstance(terms, dict) or "use_weighting" not in losses.LOSSES[terms].options else WEIGHTED
     objective = objectives.pairwise(cfg, terms, **options)
+    width = objective.width
+    batch = padded(pair_batch(case("llama", "tpo_sigmoid" if width == 3 else "dpo_sigmoid")[1], width))
+    batch = scored("llama", batch) if objective.needs_reference else batch
+    batch["mask"] = batch["mask"].copy()
+    batch["mask"][:width] = False  # a filler, beside those at the end
+    batch["mask"][width] = False  # an example whose chosen side is empty
     loss, found, gradients, examples = in_two_programs(objective, params, batch, monkeypatch)
     assert np.isfinite(loss) and np.isfinite(optax.tree.norm(gradients)) and optax.tree.norm(gradients) > 0
     assert objective.total(examples) == pytest.approx(float(loss), rel=1e-5)
     assert float(objective.denominators(batch)["pairs"]) == 5
     assert not any(examples[name][0] for name in examples)
     # Without that filler it is the same.
-    rest = padded({name: x[2:] for name, x in batch.items()})
+    rest = padded({name: x[width:] for name, x in batch.items()})
     less, without, _, _ = in_two_programs(objective, params, rest, monkeypatch)
     np.testing.assert_allclose(loss, less, rtol=1e-5)
     for name, value in metrics.reduce(without).items():

@@ -47,13 +47,13 @@ def config_file(tmp_path):
 def test_the_report_counts_what_is_there(tokenizer, tmp_path):
     prepared = prepare(ROWS + BAD, tokenizer=tokenizer, max_length=64, cache_dir=tmp_path, max_dropped_share=0.5)
     report = preview_lib.preview(prepared, tokenizer, batch_size=4, buckets=(24, 64), rows=2)
-    assert (report["rows"], report["kept"], report["pairs"]) == (14, 12, 12)
+    assert (report["rows"], report["kept"], report["size"]) == (14, 12, 12)
     assert report["dropped"] == {"chosen is None": 1, "chosen and rejected are equal": 1}
     assert report["refused"] and report["dropped_share"] == pytest.approx(2 / 14, abs=1e-6)
     assert [entry["row"] for entry in report["dropped_rows"]] == [12, 13]
     assert json.loads(report["dropped_rows"][0]["text"]) == BAD[0]
-    lengths = np.asarray([[len(side) for side in prepared.pair(i)[:2]] for i in range(12)])
-    prompts = np.asarray([prepared.pair(i)[2] for i in range(12)])
+    lengths = np.asarray([[len(prepared.sequence(i, j)[0]) for j in range(2)] for i in range(12)])
+    prompts = np.asarray([len(prepared.prompt(i)) for i in range(12)])
     assert report["scored_share"] == pytest.approx((lengths - prompts[:, None]).sum() / lengths.sum(), abs=1e-6)
     assert report["lengths"]["prompt"]["100"] == prompts.max()
     assert report["lengths"]["chosen"]["100"] == (lengths[:, 0] - prompts).max()
@@ -61,9 +61,10 @@ def test_the_report_counts_what_is_there(tokenizer, tmp_path):
     assert report["padding_share"] == pytest.approx(1 - lengths.sum() / padded, abs=1e-4)
     example = report["examples"][1]
     assert len(report["examples"]) == 2 and example["row"] == prepared.source_row(1)
-    ids = [token for part in ("prompt", "chosen") for token, _ in example[part]]
-    assert ids == prepared.pair(1)[0].tolist()
-    assert "".join(text for _, text in example["chosen"]).strip() == ROWS[1]["chosen"] + tokenizer.eos_token
+    shown = example["prompt"] + example["chosen"]
+    ids, mask = prepared.sequence(1, 0)
+    assert [token for token, *_ in shown] == ids.tolist() and [scored for *_, scored in shown] == mask.tolist()
+    assert "".join(text for _, text, _ in example["chosen"]).strip() == ROWS[1]["chosen"] + tokenizer.eos_token
     json.dumps(report)
 
 
@@ -71,7 +72,7 @@ def test_the_command_prints_json_and_reads_no_weights(config_file, capsys):
     preview_lib.main(["preview", f"--config={config_file}", "--json", "--rows=1"])
     reports = json.loads(capsys.readouterr().out)
     assert list(reports) == ["train", "eval"]
-    assert reports["train"]["pairs"] + reports["eval"]["pairs"] == reports["train"]["kept"] == 12
+    assert reports["train"]["size"] + reports["eval"]["size"] == reports["train"]["kept"] == 12
     assert reports["train"]["refused"] and len(reports["train"]["examples"]) == 1
 
 
@@ -96,8 +97,8 @@ def test_tokens_are_coloured_on_a_terminal(tokenizer, tmp_path):
 
 def test_a_piece_of_a_character_is_shown_by_its_name(tokenizer):
     ids = tokenizer("é", add_special_tokens=False)["input_ids"]
-    shown = preview_lib._tokens(tokenizer, np.asarray(ids))
-    assert [token for token, _ in shown] == ids and not any("\ufffd" in text for _, text in shown)
+    shown = preview_lib._tokens(tokenizer, np.asarray(ids), np.ones(len(ids), bool))
+    assert [token for token, *_ in shown] == ids and not any("\ufffd" in text for _, text, _ in shown)
 
 
 def test_data_that_cannot_be_read_ends_with_a_message(config_file, capsys):

@@ -102,11 +102,19 @@ def test_split_and_join_are_inverse_and_keep_pairs_together():
 class Line:
     """Loss = mean of w * x over the batch."""
 
-    rows_per_example = 1
     couples = False
+
+    def group(self, rows):
+        return 1
+
+    def next_aux(self, aux, found):
+        return {}
 
     def denominators(self, rows):
         return {"rows": jnp.float32(rows["x"].shape[0])}
+
+    def next_aux(self, aux, metrics):
+        return {}
 
     def __call__(self, params, frozen, rows, aux, key):
         denominator = rows["denominators"]["rows"]

@@ -1,32 +1,35 @@
-"""Prepared pairs -> batches. Batch n depends on (pairs, batch size, buckets, seed, n) alone: a run resumes by number.
+"""Prepared examples -> batches. Batch n depends on (examples, batch size, buckets, seed, n) alone: a run resumes by
+number.
 
-Letters: R rows of the global batch, two a pair (2i chosen, 2i + 1 rejected); T tokens of the longest row's bucket.
+Letters: R rows of the global batch, T tokens of a row, S sequences that a row can hold, B examples of a batch.
 """
 
+import functools
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxalign.data import packing as packing_lib
+from jaxalign.data.packing import FILLER, Batch, Layout, Packer
 from jaxalign.data.sources import Prepared
 
-Batch = dict[str, np.ndarray]
+PACKING = ("off", "on", "shared")
 
-FILLER = -1
+Rows = Callable[[int], np.ndarray]  # the number of rows of a global batch -> those that this process feeds
 
 
 def default_buckets(max_length: int, multiple: int | None = None) -> tuple[int, ...]:
     """Row lengths to compile for: 1, 2, 3, 4, 6, 8, 12, 16, ... times `multiple`, up to the first that holds
-    `max_length`. Without `multiple`: 128 from 1,024 tokens on (TPU kernels need it), below that finer."""
-    if multiple is None:
-        multiple = 128 if max_length >= 1024 else 64 if max_length >= 256 else 16
+    `max_length`. Without `multiple`: `packing.row_multiple`."""
+    multiple = multiple or packing_lib.row_multiple(max_length)
     buckets, factor = [multiple], 1
     while buckets[-1] < max_length:
         factor += max(1, 2 ** (factor.bit_length() - 2))
         buckets.append(factor * multiple)
     # The last one is no longer than it must be: a batch that holds a cut row is the usual case.
-    buckets[-1] = min(buckets[-1], math.ceil(max_length / multiple) * multiple)
+    buckets[-1] = min(buckets[-1], packing_lib.round_up(max_length, multiple))
     return tuple(buckets)
 
 
@@ -40,12 +43,13 @@ def bucket_of(length: int, buckets: Sequence[int]) -> int:
     return next(bucket for bucket in buckets if bucket >= length)
 
 
-class PairSource:
+class ExampleSource:
     """The training source: `source(step)` is the batch of that step, whichever were asked for before.
 
-    Sample k of the endless stream is pair k mod N of epoch k // N, and every epoch is shuffled anew; batch n holds
-    samples n * B to n * B + B - 1. T is the bucket of the longest row in the whole batch, so every process has the
-    same, also where `rows` says which rows of the global [R] this process feeds.
+    Sample k of the endless stream is example k mod N of epoch k // N, and every epoch is shuffled anew; batch n holds
+    samples n * B to n * B + B - 1, packed or not. Every process finds the same T and R, also where `rows` says which
+    rows it feeds: unpacked, T is the bucket of the longest row in the whole batch and R is width * B; packed, T and S
+    are the same in all batches and R is one of few values (`packing.Packer`).
     """
 
     def __init__(
@@ -56,51 +60,87 @@ class PairSource:
         seed: int,
         buckets: Sequence[int] | None = None,
         prefixes: Sequence[int] = (),
-        rows: Sequence[int] | np.ndarray | None = None,
+        packing: str = "off",
+        packed_length: int | None = None,
+        row_multiple: int = 1,
+        weigh: Callable[[np.ndarray, int], np.ndarray] | None = None,
+        rows: Rows | None = None,
         shuffle: bool = True,
     ):
-        """`batch_size`: pairs a batch over all processes, B. Raises ValueError if it is not positive, there are no
-        pairs, or a pair is longer than the last bucket."""
+        """Args:
+          batch_size: examples a batch over all processes, B.
+          buckets: values of T where nothing is packed.
+          prefixes: lengths of a prompt that may be shared by two rows, where nothing is packed.
+          packing: "off", "on", or "shared" (an example's prompt stands once).
+          packed_length: T of packed rows; None: as few as hold max_length and the longest example.
+          row_multiple: R of packed batches is a multiple of it: devices along the rows x micro-batches.
+          weigh: (the batch's examples [B] int64, step) -> their weights [B], the leaf `weight`.
+          rows: see Rows; None: all of them.
+
+        Raises:
+          ValueError: an argument can't be used, there are no examples, or one is longer than a row can be.
+        """
         import grain
 
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}, expected at least 1 pair")
+        _check(batch_size, packing)
         if not len(prepared):
-            raise ValueError("there are no pairs to train on")
-        self.prepared = prepared
-        self.batch_size = batch_size
+            raise ValueError("there are no examples to train on")
+        if prefixes and (prepared.width != 2 or packing != "off"):
+            raise ValueError(
+                f"data.prefixes is {tuple(prefixes)}, which is for two rows with one prompt; here an example has "
+                f"{prepared.width} row(s) and data.packing is {packing!r}: set data.prefixes to () (data.packing "
+                "'shared' lets the prompts of packed rows stand once)"
+            )
+        self.prepared, self.batch_size, self.prefixes = prepared, batch_size, tuple(prefixes)
         self.buckets = _checked_buckets(prepared, buckets)
-        self.rows = _checked_rows(rows, 2 * batch_size)
-        self.prefixes = tuple(prefixes)
+        self.packer = _packer(prepared, packing, packed_length, row_multiple)
+        self._weigh, self._rows = weigh, _checked_rows(rows)
         self._longest = prepared.lengths.max(axis=1)
         order = grain.MapDataset.range(len(prepared))
         self._order = (order.shuffle(seed=seed % 2**32) if shuffle else order).repeat(None)
 
-    def pairs_of(self, step: int) -> np.ndarray:
-        """[B] int64: the pairs (of `prepared`) in this step's batch."""
+    def examples_of(self, step: int) -> np.ndarray:
+        """[B] int64: the examples (of `prepared`) in this step's batch."""
         first = step * self.batch_size
         return np.asarray([self._order[first + i] for i in range(self.batch_size)], np.int64)
 
-    def __call__(self, step: int, view: Any = None) -> Batch:
-        """Leaves: see `make_batch`. `view` (parameters, for sources that sample) is not used."""
-        pairs = self.pairs_of(step)
-        prefix = prefix_of(self.prepared.prompt_lengths[pairs], self.prefixes)
-        return make_batch(self.prepared, pairs, self.length_of(pairs), self.rows, prefix=prefix)
+    def slots_of(self, step: int) -> np.ndarray:
+        """[E] int64: the same in the order in which an objective's `examples` has them, -1 where it has a filler."""
+        examples = self.examples_of(step)
+        if self.packer is None:
+            return examples
+        return self.packer.layout(examples).examples.reshape(-1, self.prepared.width)[:, 0]
 
-    def length_of(self, pairs: np.ndarray) -> int:
-        """T of the batch of these pairs."""
-        return bucket_of(int(self._longest[pairs].max()), self.buckets)
+    def __call__(self, step: int, view: Any = None) -> Batch:
+        """Leaves: see `packing.fill` and `make_batch`. `view` (parameters, for sources that sample) is not used."""
+        examples = self.examples_of(step)
+        weights = None
+        if self._weigh is not None:
+            weights = dict(zip(examples.tolist(), self._weigh(examples, step).tolist(), strict=True))
+        if self.packer is not None:
+            layout = self.packer.layout(examples)
+            return packing_lib.fill(self.prepared, layout, self._rows(len(layout.examples)), weights=weights)
+        prefix = prefix_of(self.prepared.prompt_lengths[examples], self.prefixes)
+        rows = self._rows(self.prepared.width * self.batch_size)
+        return make_batch(self.prepared, examples, self.length_of(examples), rows, prefix=prefix, weights=weights)
+
+    def length_of(self, examples: np.ndarray) -> int:
+        """T of the batch of these examples."""
+        if self.packer is not None:
+            return self.packer.length
+        return bucket_of(int(self._longest[examples].max()), self.buckets)
 
     def steps(self, epochs: float) -> int:
-        """Batches that hold every pair `epochs` times; the last may reach into the next epoch."""
+        """Batches that hold every example `epochs` times; the last may reach into the next epoch."""
         return math.ceil(round(epochs * len(self.prepared), 6) / self.batch_size)
 
 
 class EvalBatches:
-    """The first `limit` pairs as a fixed list of batches, `batches[0]` to `batches[len - 1]`, each with R rows.
+    """The first `limit` examples as a fixed list of batches, `batches[0]` to `batches[len - 1]`, all of R rows.
 
-    Pairs are grouped by bucket, within one in their own order, to save padding; a short last batch is filled up with
-    pairs that count for nothing (mask all False, lengths 0, row_ids -1).
+    Unpacked, R is width * batch_size, and examples are grouped by bucket, within one in their own order, to save
+    padding. Packed, R rows hold about as many examples, and all are packed together. The last batch is filled up with
+    rows that count for nothing (mask all False, lengths 0, row_ids -1).
     """
 
     def __init__(
@@ -110,29 +150,46 @@ class EvalBatches:
         batch_size: int,
         limit: int | None = None,
         buckets: Sequence[int] | None = None,
-        rows: Sequence[int] | np.ndarray | None = None,
+        packing: str = "off",
+        packed_length: int | None = None,
+        row_multiple: int = 1,
+        rows: Rows | None = None,
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}, expected at least 1 pair")
-        self.prepared = prepared
-        self.batch_size = batch_size
-        self.buckets = _checked_buckets(prepared, buckets)
-        self.rows = _checked_rows(rows, 2 * batch_size)
+        """As `ExampleSource`."""
+        _check(batch_size, packing)
+        self.prepared, self._rows = prepared, _checked_rows(rows)
         size = len(prepared) if limit is None else min(limit, len(prepared))
         if size < 1:
-            raise ValueError("there are no pairs to evaluate on")
-        longest = prepared.lengths[:size].max(axis=1)
-        self._lengths = np.asarray([bucket_of(int(length), self.buckets) for length in longest])
-        order = np.argsort(self._lengths, kind="stable")
-        fill = np.full(-size % batch_size, FILLER)
-        self.pairs = np.concatenate([order, fill]).reshape(-1, batch_size)
+            raise ValueError("there are no examples to evaluate on")
+        self.packer = _packer(prepared, packing, packed_length, row_multiple)
+        if self.packer is None:
+            self.n_rows = prepared.width * batch_size
+            buckets = _checked_buckets(prepared, buckets)
+            longest = prepared.lengths[:size].max(axis=1)
+            self._lengths = np.asarray([bucket_of(int(length), buckets) for length in longest])
+            order = np.argsort(self._lengths, kind="stable")
+            self._examples = [order[at : at + batch_size] for at in range(0, size, batch_size)]
+        else:
+            self._bins = self.packer.bins(np.arange(size))
+            wanted = math.ceil(len(self._bins) * min(batch_size / size, 1))
+            self.n_rows = self.packer.rows_for(wanted)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        if self.packer is None:
+            return len(self._examples)
+        return math.ceil(len(self._bins) / self.n_rows)
+
+    def layout(self, n: int) -> Layout:
+        """Where the sequences of batch n stand, over all processes."""
+        if self.packer is not None:
+            return self.packer.place(self._bins[n * self.n_rows : (n + 1) * self.n_rows], self.n_rows)
+        examples = self._examples[n]
+        filler = np.full(self.n_rows // self.prepared.width - len(examples), FILLER)
+        length = int(self._lengths[examples].max())
+        return packing_lib.one_a_row(self.prepared, np.concatenate([examples, filler]), length)
 
     def __getitem__(self, n: int) -> Batch:
-        pairs = self.pairs[n]
-        return make_batch(self.prepared, pairs, int(self._lengths[pairs[pairs >= 0]].max()), self.rows)
+        return packing_lib.fill(self.prepared, self.layout(n), self._rows(self.n_rows))
 
     def __call__(self, n: int, view: Any = None) -> Batch:
         return self[n]
@@ -142,36 +199,21 @@ class EvalBatches:
 
 
 def make_batch(
-    prepared: Prepared, pairs: np.ndarray, length: int, rows: np.ndarray | None = None, *, prefix: int = 0
+    prepared: Prepared,
+    examples: np.ndarray,
+    length: int,
+    rows: np.ndarray | None = None,
+    *,
+    prefix: int = 0,
+    weights: Mapping[int, float] | None = None,
 ) -> Batch:
-    """The batch of the given pairs (-1: filler), T = `length`, or only its rows `rows`.
+    """The batch of the given examples (-1: filler) unpacked, T = `length`, or only its rows `rows`.
 
-    Leaves: tokens [R, T] int32, padded on the right; mask [R, T] bool, True on response tokens; positions [R, T]
-    int32; lengths [R] int32, tokens that are no padding; row_ids [R] int64, the pair in `prepared` or -1; and
-    with `prefix` shared_prefix [R, prefix] int32, the first tokens of the prompt.
+    Row width * e + j is sequence j of the e-th example. Leaves: see `packing.fill`, and with `prefix` shared_prefix
+    [R, prefix] int32, the first tokens of the prompt.
     """
-    if rows is None:
-        rows = np.arange(2 * len(pairs))
-    row_ids = np.asarray(pairs, np.int64)[rows // 2]
-    tokens = np.full((len(rows), length), prepared.pad_id, np.int32)
-    prompts = np.zeros(len(rows), np.int32)
-    lengths = np.zeros(len(rows), np.int32)
-    for at, (row, pair) in enumerate(zip(rows, row_ids, strict=True)):
-        if pair == FILLER:
-            continue
-        *sides, prompts[at] = prepared.pair(int(pair))
-        ids = sides[row % 2]
-        lengths[at] = len(ids)
-        tokens[at, : len(ids)] = ids
-    places = np.arange(length, dtype=np.int32)
-    batch = {
-        "tokens": tokens,
-        "mask": (places >= prompts[:, None]) & (places < lengths[:, None]),
-        "positions": np.tile(places, (len(rows), 1)),
-        "lengths": lengths,
-        "row_ids": row_ids,
-    }
-    return batch | ({"shared_prefix": tokens[:, :prefix]} if prefix else {})
+    batch = packing_lib.fill(prepared, packing_lib.one_a_row(prepared, examples, length), rows, weights=weights)
+    return batch | ({"shared_prefix": batch["tokens"][:, :prefix]} if prefix else {})
 
 
 def prefetch(
@@ -193,6 +235,19 @@ def prefetch(
         batches.close()
 
 
+def _check(batch_size: int, packing: str) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}, expected at least 1 example")
+    if packing not in PACKING:
+        raise ValueError(f"data.packing is {packing!r}, expected one of {', '.join(PACKING)}")
+
+
+def _packer(prepared: Prepared, packing: str, length: int | None, multiple: int) -> Packer | None:
+    if packing == "off":
+        return None
+    return Packer(prepared, shared=packing == "shared", length=length, multiple=multiple)
+
+
 def _checked_buckets(prepared: Prepared, buckets: Sequence[int] | None) -> tuple[int, ...]:
     checked = tuple(sorted(buckets)) if buckets else default_buckets(prepared.meta["max_length"])
     longest = int(prepared.lengths.max(initial=0))
@@ -201,10 +256,16 @@ def _checked_buckets(prepared: Prepared, buckets: Sequence[int] | None) -> tuple
     return checked
 
 
-def _checked_rows(rows: Sequence[int] | np.ndarray | None, total: int) -> np.ndarray | None:
+def _checked_rows(rows: Rows | None) -> Callable[[int], np.ndarray | None]:
+    """`rows`, asked once for each number of rows and checked."""
     if rows is None:
-        return None
-    checked = np.asarray(rows, np.int64)
-    if checked.size and not (0 <= checked.min() and checked.max() < total):
-        raise ValueError(f"rows reach from {checked.min()} to {checked.max()}, expected rows of 0 to {total - 1}")
-    return checked
+        return lambda n_rows: None
+
+    @functools.cache
+    def own(n_rows: int) -> np.ndarray:
+        checked = np.asarray(rows(n_rows), np.int64)
+        if checked.size and not (0 <= checked.min() and checked.max() < n_rows):
+            raise ValueError(f"rows reach from {checked.min()} to {checked.max()}, expected rows of 0 to {n_rows - 1}")
+        return checked
+
+    return own

@@ -1,11 +1,13 @@
-"""Examples -> token ids and the border between prompt and response. Pure: a tokenizer goes in, nothing is kept."""
+"""Examples -> token ids, which of them are scored, and where the prompt ends. Pure: nothing is kept."""
 
+import itertools
+import os.path
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from jaxalign.data.formats.pairs import Example, Messages, RowError
+from jaxalign.data.formats import Example, Messages, RowError
 
 # Llama 3.2's template writes today's date into the system turn. Tokens must not depend on the day that they were made,
 # so every template sees the date that Llama 3.1's own template falls back to.
@@ -16,11 +18,16 @@ _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _PROBE = "jaxalign-probe-5f3a9c"
 
 
-class EncodedPair(NamedTuple):
-    """Token ids of prompt + response for both sides. The first `prompt_length` ids of both are equal and not scored."""
+# A template that says itself what the assistant wrote (transformers' `return_assistant_tokens_mask`).
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-    chosen: list[int]
-    rejected: list[int]
+
+class Encoded(NamedTuple):
+    """Token ids of prompt + response for each response, and which of them are scored. The first `prompt_length` ids of
+    all are equal; they are not scored, save what `train_on` adds (see `encode`)."""
+
+    sequences: list[list[int]]
+    masks: list[list[bool]]
     prompt_length: int
 
 
@@ -73,89 +80,178 @@ def encode_prompt(tokenizer: Any, prompt: str | Messages, *, chat_template: str 
     """Token ids to generate from: messages end with the template's generation prompt, text stands as it is. One BOS
     at most."""
     if isinstance(prompt, str):
-        return _one_bos(tokenizer, special_prefix(tokenizer) + _ids(tokenizer, [prompt])[0])
-    text = render(tokenizer, prompt, add_generation_prompt=True, chat_template=chat_template)
-    return _one_bos(tokenizer, _ids(tokenizer, [text])[0])
+        start, text = special_prefix(tokenizer), prompt
+    else:
+        start, text = [], render(tokenizer, prompt, add_generation_prompt=True, chat_template=chat_template)
+    return _one_bos(tokenizer, start + _encodings(tokenizer, [text])["input_ids"][0], [])[0]
 
 
-def encode_pairs(
-    tokenizer: Any, examples: Sequence[Example], *, chat_template: str | None = None
-) -> list[EncodedPair | RowError]:
-    """Tokenizes pairs; a pair that cannot be is returned as its RowError, in its place.
+def encode(
+    tokenizer: Any, examples: Sequence[Example], *, train_on: str | None = None, chat_template: str | None = None
+) -> list[Encoded | RowError]:
+    """Tokenizes examples; one that cannot be is returned as its RowError, in its place.
 
-    The whole (prompt + response) is tokenized at once, so its ids are those that the model sees in use. The prompt ends
-    where its own tokenization and that of either whole part (a token that merges across the border belongs to the
+    A whole (prompt + response) is tokenized at once, so its ids are those that the model sees in use. The prompt ends
+    where its own tokenization and that of any whole part (a token that merges across the border belongs to the
     response). Messages go through the chat template, whose end-of-turn tokens belong to the response; text is
     prompt + response + the tokenizer's eos, unless it ends with it. No truncation here.
+
+    Responses are scored, and nothing else unless `train_on` says so (for `chats`). "all": every token but the first,
+    which nothing predicts. "assistant": in a conversation all turns of the assistant, that is what stands in the
+    template's generation blocks, or where it has none, what it writes from the end of a turn's header to the end of
+    that turn. "last": of these the last turn alone.
     """
     template = template_of(tokenizer, chat_template)
     prefix = special_prefix(tokenizer)
-    texts: list[str] = []
-    results: list[EncodedPair | RowError | None] = []
+    planned: list[_Texts | RowError] = []
     for example in examples:
         try:
-            match example.prompt, example.chosen, example.rejected:
-                case str(prompt), str(chosen), str(rejected):
-                    texts += _plain_texts(tokenizer, prompt, chosen, rejected)
-                case list(prompt), list(chosen), list(rejected):
-                    texts += _chat_texts(tokenizer, prompt, chosen, rejected, template)
-                case _:
-                    raise RowError("prompt and responses are of different kinds", "text and messages")
-            results.append(None)
+            if isinstance(example.prompt, str):
+                planned.append(_plain_texts(tokenizer, example, train_on))
+            else:
+                planned.append(_chat_texts(tokenizer, example, train_on, template))
         except RowError as error:
-            results.append(error)
-    encoded = iter(_ids(tokenizer, texts))
-    for at, example in enumerate(examples):
-        if results[at] is None:
-            start = prefix if isinstance(example.prompt, str) else []
-            results[at] = _cut(*(_one_bos(tokenizer, start + next(encoded)) for _ in range(3)))
-    return [result for result in results if result is not None]
+            planned.append(error)
+    tokenized = _tokenize(tokenizer, [entry for entry in planned if isinstance(entry, _Texts)])
+    results: list[Encoded | RowError] = []
+    for example, entry in zip(examples, planned, strict=True):
+        if isinstance(entry, RowError):
+            results.append(entry)
+            continue
+        start = prefix if isinstance(example.prompt, str) else []
+        prompt, *wholes = (
+            _one_bos(tokenizer, start + ids, [bool(entry.spans)] * len(start) + mask)
+            for ids, mask in itertools.islice(tokenized, 1 + len(entry.wholes))
+        )
+        results.append(_cut(prompt[0], wholes, entry))
+    return results
 
 
-def _plain_texts(tokenizer: Any, prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
+class _Texts(NamedTuple):
+    """What is tokenized of an example: its prompt, then prompt + response for each response. `spans`: the parts
+    [start, end) of the one whole that are scored; None: what follows the prompt."""
+
+    prompt: str
+    wholes: list[str]
+    spans: list[tuple[int, int]] | None = None
+
+
+def _plain_texts(tokenizer: Any, example: Example, train_on: str | None) -> _Texts:
     eos = tokenizer.eos_token
     if not eos:
         raise ValueError("the tokenizer has no eos token, so a plain text response would never end")
-    ended_chosen, ended_rejected = (text if text.endswith(eos) else text + eos for text in (chosen, rejected))
-    return prompt, prompt + ended_chosen, prompt + ended_rejected
+    prompt, responses = cast(str, example.prompt), cast(tuple[str, ...], example.responses)
+    wholes = [prompt + (text if text.endswith(eos) else text + eos) for text in responses]
+    return _Texts(prompt, wholes, [(0, len(wholes[0]))] if train_on == "all" else None)
 
 
-def _chat_texts(
-    tokenizer: Any, prompt: Messages, chosen: Messages, rejected: Messages, template: str | None
-) -> tuple[str, str, str]:
-    """Prompt, prompt + chosen and prompt + rejected as text.
-
-    Raises RowError if the template writes the history differently once the answer follows: then no border is right.
-    """
+def _chat_texts(tokenizer: Any, example: Example, train_on: str | None, template: str | None) -> _Texts:
+    """Raises RowError if the template writes the history differently once the answer follows: then no border is
+    right."""
 
     def text(messages: Messages, generation: bool = False) -> str:
         return render(tokenizer, messages, add_generation_prompt=generation, chat_template=template)
 
+    prompt, responses = cast(Messages, example.prompt), cast(tuple[Messages, ...], example.responses)
+    dialogues = [prompt + response for response in responses]
+    wholes = [text(dialogue) for dialogue in dialogues]
+    header = _header(prompt, wholes, text, template)
+    spans = None
+    if train_on == "all":
+        spans = [(0, len(wholes[0]))]
+    elif train_on is not None and example.conversation and _GENERATION.search(template or ""):
+        after = len(header) if train_on == "last" else 0
+        spans = [(start, end) for start, end in _marked(tokenizer, dialogues[0], template) if end > after]
+    elif train_on == "assistant" and example.conversation:
+        spans = _turns(dialogues[0], wholes[0], text, template)
+    return _Texts(header, wholes, spans)
+
+
+def _header(prompt: Messages, wholes: Sequence[str], text: Callable[..., str], template: str | None) -> str:
+    """What the template writes up to an answer to the prompt, as far as all of `wholes` begin with it."""
     before = text(prompt, generation=True)
-    wholes = text(prompt + chosen), text(prompt + rejected)
-    if not all(whole.startswith(before) for whole in wholes):
-        # A generation prompt that opens what a finished turn lacks (<think>) is fine: the cut comes before it.
-        if not all(whole.startswith(text(prompt)) for whole in wholes):
-            raise RowError(
-                "the chat template rewrites the history", "the prompt's text changes once the response follows it"
-            )
-    elif "add_generation_prompt" not in (template or ""):
-        # Without a generation prompt, what the template writes before an answer still belongs to the prompt.
-        probed = text([*prompt, {"role": "assistant", "content": _PROBE}])
-        header = probed[: max(0, probed.find(_PROBE))]
-        if header and all(whole.startswith(header) for whole in wholes):
-            before = header
-    return before, *wholes
+    if "add_generation_prompt" in (template or "") and all(whole.startswith(before) for whole in wholes):
+        return before
+    opened = text(prompt)
+    if not all(whole.startswith(opened) for whole in wholes):
+        raise RowError(
+            "the chat template rewrites the history", "the prompt's text changes once the response follows it"
+        )
+    # A generation prompt may open what a finished turn lacks (<think>), and a template without one still writes
+    # something before an answer, which belongs to the prompt: an answer that is found again shows what.
+    probed = text([*prompt, {"role": "assistant", "content": _PROBE}])
+    header = probed[: max(0, probed.find(_PROBE))]
+    if header and all(whole.startswith(header) for whole in wholes):
+        return header
+    return os.path.commonprefix([before, *wholes])
 
 
-def _cut(prompt: list[int], chosen: list[int], rejected: list[int]) -> EncodedPair | RowError:
-    border = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+def _turns(dialogue: Messages, whole: str, text: Callable[..., str], template: str | None) -> list[tuple[int, int]]:
+    """Where the assistant's turns stand in the text of a dialogue: from the end of their header to their own end."""
+    spans = []
+    for at, message in enumerate(dialogue):
+        if message["role"] == "assistant":
+            if at == 0:
+                raise RowError("wrong roles", "the conversation begins with the assistant")
+            until = text(dialogue[: at + 1])
+            if not whole.startswith(until):
+                raise RowError(
+                    "the chat template rewrites the history",
+                    "an answer's text changes once turns follow it; train_on=last scores the last answer alone",
+                )
+            spans.append((len(_header(dialogue[:at], [whole], text, template)), len(until)))
+    return spans
+
+
+def _marked(tokenizer: Any, dialogue: Messages, template: str | None) -> list[tuple[int, int]]:
+    """Where the template's generation blocks stand in the text of a dialogue."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _, (spans,) = render_jinja_template(
+        [dialogue], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+    )
+    return spans
+
+
+def _tokenize(tokenizer: Any, entries: Sequence[_Texts]) -> Iterator[tuple[list[int], list[bool]]]:
+    """(ids, which of them are in the spans) of each entry's prompt and wholes; the mask is empty without spans."""
+    texts = [text for entry in entries for text in (entry.prompt, *entry.wholes)]
+    offsets = any(entry.spans is not None for entry in entries)
+    found = _encodings(tokenizer, texts, return_offsets_mapping=offsets)
+    at = 0
+    for entry in entries:
+        for n in range(at, at + 1 + len(entry.wholes)):
+            with_mask = n > at and entry.spans is not None
+            yield found["input_ids"][n], _covered(found["offset_mapping"][n], entry.spans) if with_mask else []
+        at += 1 + len(entry.wholes)
+
+
+def _covered(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens hold a character of the spans. A token holds what lies between it and the one before, too: some
+    tokenizers report their tokens' places without the blanks."""
+    scored = bytearray(max((end for _, end in offsets), default=0))
+    for start, end in spans:
+        scored[start:end] = b"\1" * len(scored[start:end])
+    mask, last = [], 0
+    for start, end in offsets:
+        mask.append(1 in scored[min(start, last) : end])
+        last = end
+    return mask
+
+
+def _cut(prompt: list[int], wholes: Sequence[tuple[list[int], list[bool]]], texts: _Texts) -> Encoded | RowError:
+    """The ids of the wholes, their masks, and where the prompt ends in all of them."""
+    border = min(_common_prefix(prompt, ids) for ids, _ in wholes)
+    if not texts.prompt:
+        border = 1  # plain text: nothing predicts its first token
     if border == 0:
         return RowError("no prompt token", "the first token of prompt + response already belongs to the response")
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
-        if len(side) == border:
-            return RowError(f"{name} has no tokens", "the chat template writes nothing for it")
-    return EncodedPair(chosen, rejected, border)
+    sequences, masks = [ids for ids, _ in wholes], []
+    for ids, mask in wholes:
+        if len(ids) == border:
+            return RowError("a response has no tokens", "the chat template writes nothing for it")
+        masks.append([False] * border + [True] * (len(ids) - border) if texts.spans is None else [False, *mask[1:]])
+    return Encoded(sequences, masks, border)
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:
@@ -165,17 +261,17 @@ def _common_prefix(left: list[int], right: list[int]) -> int:
     return next(i for i in range(shortest) if left[i] != right[i])
 
 
-def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+def _one_bos(tokenizer: Any, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
     """Drops all but the last of several BOS at the beginning (text that was rendered with one before)."""
     bos = tokenizer.bos_token_id
     start = 0
     while bos is not None and ids[start : start + 2] == [bos, bos]:
         start += 1
-    return ids[start:]
+    return ids[start:], mask[start:]
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _encodings(tokenizer: Any, texts: list[str], **options: Any) -> Mapping[str, Any]:
+    """What the tokenizer makes of the texts. No special tokens: a template renders its own. Never cut here."""
     if not texts:
-        return []
-    # No special tokens: a template renders its own. verbose=False: we cut to max_length ourselves.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return {"input_ids": [], "offset_mapping": []}
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)

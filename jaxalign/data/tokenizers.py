@@ -1,7 +1,7 @@
-"""A tokenizer that needs no file and no network, for models that begin from random weights; and one read late."""
+"""Tokenizers: one that needs no file, for models that begin from random weights; one read late; changes to any."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +50,41 @@ class Lazy:
 
     def __len__(self) -> int:
         return len(self._loaded)
+
+
+def change(
+    tokenizer: Any,
+    *,
+    chat_template: str | None = None,
+    special_tokens: Mapping[str, str | Sequence[str]] | None = None,
+    add_tokens: Sequence[str] = (),
+) -> None:
+    """Changes a transformers tokenizer. Tokens that it has keep their ids, those that are new get the next ones.
+
+    Args:
+      chat_template: Jinja text in place of its own.
+      special_tokens: as transformers' `add_special_tokens` takes them: {"eos_token": "<|im_end|>", "pad_token": ...};
+        "extra_special_tokens" is a list. They are never split, and left out of decoded text.
+      add_tokens: tokens that are never split either, but stand in decoded text.
+
+    Raises:
+      ValueError: a kind of special token that there is not, or an empty token.
+    """
+    kinds = (*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "extra_special_tokens", "additional_special_tokens")
+    for kind, given in (special_tokens or {}).items():
+        if kind not in kinds:
+            raise ValueError(f"tokenizer.special_tokens has {kind!r}, expected one of {', '.join(kinds)}")
+        tokens, what = (given, "a list of tokens") if kind.endswith("special_tokens") else ([given], "a token's text")
+        if isinstance(tokens, str) or not all(isinstance(token, str) and token for token in tokens):
+            raise ValueError(f"tokenizer.special_tokens has {kind} = {given!r}, expected {what}")
+    if not all(add_tokens):
+        raise ValueError(f"tokenizer.add_tokens has an empty token: {list(add_tokens)}")
+    if special_tokens:
+        tokenizer.add_special_tokens(dict(special_tokens), replace_extra_special_tokens=False)
+    if add_tokens:
+        tokenizer.add_tokens(list(add_tokens))
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":

@@ -10,15 +10,21 @@ import jax
 import jax.numpy as jnp
 
 from jaxalign.losses.absolute import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
+from jaxalign.losses.distillation import generalized_jsd
 from jaxalign.losses.preference import discopop, dpo, exo_pair, hinge, ipo, robust, sigmoid_norm
 from jaxalign.losses.ratios import PairLosses
 from jaxalign.losses.reference_free import cpo, cpo_hinge, cpo_ipo, orpo, simpo
+from jaxalign.losses.reward import attributes, bradley_terry, compose
+from jaxalign.losses.supervised import TOKEN_LOSSES
 from jaxalign.losses.transport import aot, aot_unpaired
+from jaxalign.losses.triples import tpo, tpo_hinge, tpo_ipo, tpo_l
+from jaxalign.losses.unpaired import UNPAIRED, apo_zero_unpaired, bco, kto
 
 __all__ = [
-    "LOG_PROB_OPTIONS", "LOSSES", "PairLosses", "Preference", "aot", "aot_unpaired", "apo_down", "apo_zero", "bco_pair",
-    "check_terms", "cpo", "cpo_hinge", "cpo_ipo", "discopop", "dpo", "exo_pair", "hinge", "ipo", "nca_pair", "orpo",
-    "robust", "sigmoid_norm", "simpo", "sppo_hard",
+    "LOG_PROB_OPTIONS", "LOSSES", "TOKEN_LOSSES", "UNPAIRED", "PairLosses", "Preference", "aot", "aot_unpaired",
+    "apo_down", "apo_zero", "apo_zero_unpaired", "attributes", "bco", "bco_pair", "bradley_terry", "check_terms",
+    "compose", "cpo", "cpo_hinge", "cpo_ipo", "discopop", "dpo", "exo_pair", "generalized_jsd", "hinge", "ipo", "kto",
+    "nca_pair", "orpo", "robust", "sigmoid_norm", "simpo", "sppo_hard", "tpo", "tpo_hinge", "tpo_ipo", "tpo_l",
 ]  # fmt: skip
 
 LOG_PROB_OPTIONS: dict[str, Any] = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl"}
@@ -31,13 +37,16 @@ class Preference:
 
     Attributes:
       function: the loss.
-      nll: weight of the chosen responses' token NLL, added to the loss; the option `cpo_alpha` sets another.
+      nll: weight of a token NLL that is added to the loss: that of the chosen responses, where the option `cpo_alpha`
+        sets another weight, or of the gold responses of triples (`tpo_alpha`).
       nll_of_rows: the NLL is that of the whole chosen rows, prompt and response, with this fixed weight.
+      kind: what an example is: pairs, or triples, which have a gold response too.
     """
 
     function: Callable[..., PairLosses]
     nll: float | None = None
     nll_of_rows: float = 0.0
+    kind: str = "pairs"
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -56,8 +65,18 @@ class Preference:
 
     @property
     def couples(self) -> bool:
-        """Whether a pair's loss depends on the other pairs of the batch; then `valid` [P] is to be given."""
-        return "valid" in self.parameters
+        """Whether a pair's loss depends on the other pairs of the batch; then `weight` [P] is to be given."""
+        return "weight" in self.parameters
+
+    @property
+    def nll_side(self) -> str:
+        """Whose NLL `nll` is about."""
+        return "gold" if self.kind == "triples" else "chosen"
+
+    @property
+    def nll_option(self) -> str:
+        """The option that sets another `nll`."""
+        return "tpo_alpha" if self.kind == "triples" else "cpo_alpha"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,10 +84,10 @@ class Preference:
         options = {
             name: parameter.default
             for name, parameter in self.parameters.items()
-            if parameter.default is not inspect.Parameter.empty and name != "valid"
+            if parameter.default is not inspect.Parameter.empty and name != "weight"
         }
         if self.nll is not None:
-            options["cpo_alpha"] = self.nll
+            options[self.nll_option] = self.nll
         if self.needs_reference:
             options["ld_alpha"] = None
             if not self.couples:  # sorted, a pair's loss has lost its weight
@@ -106,6 +125,10 @@ LOSSES: dict[str, Preference] = {
     "cpo": Preference(cpo, nll=1.0),
     "cpo_hinge": Preference(cpo_hinge, nll=1.0),
     "cpo_ipo": Preference(cpo_ipo, nll=1.0),
+    "tpo": Preference(tpo, nll=1.0, kind="triples"),
+    "tpo_hinge": Preference(tpo_hinge, nll=1.0, kind="triples"),
+    "tpo_ipo": Preference(tpo_ipo, nll=1.0, kind="triples"),
+    "tpo_l": Preference(tpo_l, nll=1.0, kind="triples"),
 }
 
 

@@ -1,8 +1,8 @@
 """Losses that compare distributions over a whole batch of pairs: alignment by optimal transport.
 
-Called as those of preference.py, with the letters of ratios.py, and with `valid`: they sort over the batch, so a filler
-pair must be known to them, and the loss of a part of a batch is not a part of the loss. The objective gives them the
-whole batch (see `Pairwise.couple`).
+Called as those of preference.py, with the letters of ratios.py, and with `weight`: they sort over the batch, so what a
+pair counts (a filler: nothing) must be known to them, and the loss of a part of a batch is not a part of the loss. The
+objective gives them the whole batch (see `Pairwise.couple`) and takes the weighted mean.
 """
 
 import jax
@@ -19,7 +19,7 @@ def aot(
     ref_chosen: Array,
     ref_rejected: Array,
     *,
-    valid: Array | None = None,
+    weight: Array | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> PairLosses:
@@ -30,7 +30,8 @@ def aot(
 
     Args:
       policy_chosen, policy_rejected, ref_chosen, ref_rejected: [P] sums of token log-probs in nats, as in `dpo`.
-      valid: [P] bool, False for fillers, whose losses mean nothing. None: all pairs count.
+      weight: [P] what each pair counts, at least 0: a pair of weight 2 is in the distributions twice, one of weight 0
+        (a filler) not at all, and its loss means nothing. None: 1 each.
       beta: strength of the pull towards the reference, above 0.
       label_smoothing: probability that a label is swapped, in [0, 0.5).
 
@@ -48,7 +49,7 @@ def aot(
     c, r = ratios.log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     ref_margin = jax.lax.stop_gradient(jnp.asarray(ref_chosen, jnp.float32) - jnp.asarray(ref_rejected, jnp.float32))
     policy_margin = jnp.asarray(policy_chosen, jnp.float32) - jnp.asarray(policy_rejected, jnp.float32)
-    return _by_rank(policy_margin, ref_margin, valid, beta, label_smoothing), ratios.rewards(c, r, beta)
+    return _by_rank(policy_margin, ref_margin, weight, beta, label_smoothing), ratios.rewards(c, r, beta)
 
 
 def aot_unpaired(
@@ -57,7 +58,7 @@ def aot_unpaired(
     ref_chosen: Array,
     ref_rejected: Array,
     *,
-    valid: Array | None = None,
+    weight: Array | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> PairLosses:
@@ -68,7 +69,8 @@ def aot_unpaired(
 
     Args:
       policy_chosen, policy_rejected, ref_chosen, ref_rejected: [P] sums of token log-probs in nats, as in `dpo`.
-      valid: [P] bool, False for fillers, whose losses mean nothing. None: all pairs count.
+      weight: [P] what each pair counts, at least 0: a pair of weight 2 is in the distributions twice, one of weight 0
+        (a filler) not at all, and its loss means nothing. None: 1 each.
       beta: strength of the pull towards the reference, above 0.
       label_smoothing: probability that a label is swapped, in [0, 0.5).
 
@@ -83,12 +85,23 @@ def aot_unpaired(
     """
     ratios.check(beta, label_smoothing)
     c, r = ratios.log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    return _by_rank(c, r, valid, beta, label_smoothing), ratios.rewards(c, r, beta)
+    return _by_rank(c, r, weight, beta, label_smoothing), ratios.rewards(c, r, beta)
 
 
-def _by_rank(upper: Array, lower: Array, valid: Array | None, beta: float, label_smoothing: float) -> Array:
-    """The smoothed sigmoid loss of each of `upper` [P] against the one of `lower` [P] with the same rank."""
-    keep = jnp.ones(upper.shape, bool) if valid is None else valid
-    order, lower_order = (jnp.argsort(jnp.where(keep, x, jnp.inf)) for x in (upper, lower))  # fillers come last
-    losses = ratios.smoothed(beta * (upper[order] - lower[lower_order]), label_smoothing)
-    return jnp.zeros_like(losses).at[order].set(losses)
+def _by_rank(upper: Array, lower: Array, weight: Array | None, beta: float, label_smoothing: float) -> Array:
+    """The smoothed sigmoid loss of each of `upper` [P] against what of `lower` [P] has the same rank.
+
+    The ranks of a value are the interval that its weight takes up among the sorted ones. Where an interval meets
+    several of the other side, the loss is their mean by what is common.
+    """
+    weight = jnp.ones_like(upper) if weight is None else jnp.asarray(weight, jnp.float32)
+    order, lower_order = (jnp.argsort(jnp.where(weight > 0, x, jnp.inf)) for x in (upper, lower))
+    ends, lower_ends = jnp.cumsum(weight[order]), jnp.cumsum(weight[lower_order])
+    borders = jnp.sort(jnp.concatenate([ends, lower_ends]))
+    shares = jnp.diff(borders, prepend=0)
+    middles = borders - shares / 2
+    last = len(weight) - 1
+    at = order[jnp.minimum(jnp.searchsorted(ends, middles), last)]
+    lower_at = lower_order[jnp.minimum(jnp.searchsorted(lower_ends, middles), last)]
+    losses = shares * ratios.smoothed(beta * (upper[at] - lower[lower_at]), label_smoothing)
+    return jnp.zeros_like(upper).at[at].add(losses) / jnp.where(weight > 0, weight, 1)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxalign import quantize
 from jaxalign.models.config import ModelConfig, RopeScaling, config_from_hf, config_to_hf
 from jaxalign.models.decoder import REMAT_POLICIES, Declared, Decoder
 
@@ -45,7 +46,7 @@ class Weight(NamedTuple):
 def _boxed_init(cfg: ModelConfig, key: jax.Array) -> Any:
     token = jnp.zeros((1, 1), jnp.int32)
     cfg = dataclasses.replace(cfg, attention="xla")  # weights don't depend on it, and it depends on the devices
-    return Decoder(cfg).init(key, token, token, None, None, None)["params"]
+    return Decoder(cfg).init(key, token, token, None, None, None, None)["params"]
 
 
 @functools.lru_cache(maxsize=16)
@@ -82,6 +83,7 @@ def apply(
     *,
     prefix_ids_RT: jax.Array | None = None,
     cache: Params | None = None,
+    dropout_keys_R: jax.Array | None = None,
 ) -> tuple[jax.Array, Params | None]:
     """The decoder up to its last norm.
 
@@ -93,17 +95,22 @@ def apply(
         segment that several share is computed once. Windows count slots, so not for models with sliding windows.
       cache: from `init_cache`; the T tokens are written at [index, index + T) and see what stands before them. Then
         segment ids are required, 0 for padding.
+      dropout_keys_R: a key (`jax.random.key`) for each row, by which inputs of adapters are dropped (with the rate of
+        lora.Spec.dropout); None: nothing is.
 
     Returns:
       Hidden states [R, T, D] in cfg.compute_dtype, and the extended cache (None without one).
     """
-    out: Any = Decoder(cfg).apply({"params": params}, tokens_RT, positions_RT, segment_ids_RT, prefix_ids_RT, cache)
+    out: Any = Decoder(cfg).apply(
+        {"params": params}, tokens_RT, positions_RT, segment_ids_RT, prefix_ids_RT, cache, dropout_keys_R
+    )
     return out
 
 
 def head_table(cfg: ModelConfig, params: Params) -> jax.Array:
     """The head's weight [V, D]: the embedding itself where it is tied."""
-    return params["embed_tokens" if cfg.tie_word_embeddings else "lm_head"]["embedding"]
+    table = params["embed_tokens" if cfg.tie_word_embeddings else "lm_head"]["embedding"]
+    return quantize.dequantize(table, cfg.compute_dtype) if isinstance(table, quantize.Quantized) else table
 
 
 def unembed(cfg: ModelConfig, params: Params, hidden_RTD: jax.Array) -> jax.Array:

@@ -32,8 +32,10 @@ class ModelConfig:
 
     attention_bias is the bias of q, k and v, attention_out_bias that of o_proj. sliding_windows has one entry a layer:
     the number of last tokens (own one included) it attends to, or None. dtype is the source checkpoint's. num_labels
-    above 0 means a score head in place of the language-model head. The last three say how the model is run and are
-    never written to a config.json; `attention` is judged by `attention.choose`.
+    above 0 means a score head in place of the language-model head; `labels` are the names of its outputs (id2label; ()
+    where they have none) and `reward_weights` what their weighted sum, the reward, takes each by (() is their mean). The
+    last three say how the model is run and are never written to a config.json; `attention` is judged by
+    `attention.choose`.
     """
 
     model_type: str
@@ -61,6 +63,8 @@ class ModelConfig:
     pad_token_id: int | None
     dtype: str
     num_labels: int = 0
+    labels: tuple[str, ...] = ()
+    reward_weights: tuple[float, ...] = ()
 
     compute_dtype: str = "float32"
     remat: str = "none"
@@ -89,6 +93,7 @@ KNOWN = (
 DTYPES = ("float32", "bfloat16", "float16")
 # HF's default rope base, for every family here (transformers' default_theta).
 DEFAULT_ROPE_THETA = 10000.0
+_UNNAMED = "LABEL_{}"  # what transformers calls an output that nobody has named
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -114,7 +119,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             "Use the unquantised checkpoint, or its GGUF file"
         )
     full = {**family.defaults, **hf}
-    architecture = _architecture(hf, family)
+    is_scored = _architecture(hf, family) == "ForSequenceClassification"
 
     heads = _integer(full, "num_attention_heads")
     layers = _integer(full, "num_hidden_layers")
@@ -162,7 +167,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         eos_token_id=token_ids(full["eos_token_id"], "eos_token_id"),
         pad_token_id=_token_id(full, "pad_token_id"),
         dtype=_dtype(full),
-        num_labels=_num_labels(full) if architecture == "ForSequenceClassification" else 0,
+        num_labels=_num_labels(full) if is_scored else 0,
+        labels=_labels(full) if is_scored else (),
+        reward_weights=tuple(map(float, full.get("reward_weights") or ())) if is_scored else (),
         **family.fields(full),
     )
 
@@ -212,8 +219,15 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
         use_cache=True,
     )
     if cfg.num_labels:
-        hf["id2label"] = {str(label): f"LABEL_{label}" for label in range(cfg.num_labels)}
-        hf["label2id"] = {f"LABEL_{label}": label for label in range(cfg.num_labels)}
+        names = cfg.labels or tuple(map(_UNNAMED.format, range(cfg.num_labels)))
+        hf |= dict(
+            num_labels=cfg.num_labels,
+            id2label={str(label): name for label, name in enumerate(names)},
+            label2id={name: label for label, name in enumerate(names)},
+            problem_type="regression",
+        )
+        if cfg.reward_weights:
+            hf["reward_weights"] = list(cfg.reward_weights)
     return hf | family.to_hf(cfg)
 
 
@@ -280,6 +294,12 @@ def _num_labels(hf: Mapping[str, Any]) -> int:
     if hf.get("id2label"):
         return len(hf["id2label"])
     return _integer({"num_labels": 2, **hf}, "num_labels")
+
+
+def _labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    names = hf.get("id2label") or {}
+    ordered = tuple(names[key] for key in sorted(names, key=int))
+    return () if ordered == tuple(map(_UNNAMED.format, range(len(ordered)))) else ordered
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -10,6 +10,7 @@ Letters: R rows, T time, S cache slots, L layers, D model, N heads, K key/value 
 import dataclasses
 import functools
 import math
+import zlib
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxalign import sharding
+from jaxalign import quantize, sharding
 from jaxalign.models import attention, flash
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.embedding import lookup
@@ -42,9 +43,11 @@ class Declared(nn.Partitioned):
         return self.value
 
 
-def _declare(
-    module: nn.Module, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]
-) -> jax.Array:
+def _declare(module: nn.Module, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Any:
+    given: Any = module.get_variable("params", name)
+    if isinstance(given, quantize.Quantized):
+        return given  # Linen would compare its arrays with the declared one
+
     def boxed(key: jax.Array) -> Any:
         return Declared(init(key, shape, jnp.float32), names=axes)
 
@@ -73,17 +76,47 @@ class Linear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_keys_R: jax.Array | None = None) -> jax.Array:
         init = nn.initializers.normal(self.stddev)
         kernel = _declare(self, "kernel", init, (x.shape[-1], self.features), self.axes)
-        # As a product of two matrices its backward pass is two more; with three dimensions XLA's CPU backend transposes
-        # copies (a quarter of a layer's time). Time that is split over devices has to stay a dimension of its own.
-        flat = x if sharding.axis_size("sequence") > 1 else x.reshape(-1, x.shape[-1])
-        y = (flat @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], self.features)
+        y = _product(x, kernel)
         if self.use_bias:
             bias = _declare(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
             y = y + bias.astype(x.dtype)
+        if self.has_variable("params", "lora_a"):  # an adapter was attached (lora.py), its output's scale is in b
+            if dropout_keys_R is not None and self.has_variable("params", "lora_dropout"):
+                own = fold_in(dropout_keys_R, zlib.crc32(str(self.name).encode()))
+                x = dropout(x, own, self.get_variable("params", "lora_dropout"))
+            y = y + _product(_product(x, self.get_variable("params", "lora_a")), self.get_variable("params", "lora_b"))
         return y
+
+
+def _product(x: jax.Array, kernel: Any) -> jax.Array:
+    """x @ kernel in x's dtype.
+
+    As a product of two matrices its backward pass is two more; with three dimensions XLA's CPU backend transposes
+    copies (a quarter of a layer's time). Time that is split over devices has to stay a dimension of its own.
+    """
+    flat = x if sharding.axis_size("sequence") > 1 else x.reshape(-1, x.shape[-1])
+    if isinstance(kernel, quantize.Quantized):
+        y = quantize.product(flat, kernel)
+    else:
+        y = flat @ kernel.astype(x.dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def fold_in(keys_R: jax.Array, data: jax.Array | int) -> jax.Array:
+    """`jax.random.fold_in` of each row's key."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys_R, data)
+
+
+def dropout(x_RTI: jax.Array, keys_R: jax.Array, rate: jax.Array) -> jax.Array:
+    """x with a share `rate` of its entries 0 and the others made larger for it; which, a row's key alone decides.
+
+    Padding a row or moving it to another batch changes nothing: an entry's bits depend on its place in the row.
+    """
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_RTI.shape[1:]))(keys_R)
+    return jnp.where(kept, x_RTI * (1 / (1 - rate)).astype(x_RTI.dtype), 0)
 
 
 class Table(nn.Module):
@@ -95,7 +128,7 @@ class Table(nn.Module):
     stddev: float
 
     @nn.compact
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> Any:
         return _declare(self, self.param_name, nn.initializers.normal(self.stddev), self.shape, self.axes)
 
 
@@ -135,14 +168,23 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_RTD: jax.Array, rope: Any, seen: Any, cache: Any, layer: jax.Array, index: Any, window: Any
+        self,
+        x_RTD: jax.Array,
+        rope: Any,
+        seen: Any,
+        cache: Any,
+        layer: jax.Array,
+        index: Any,
+        window: Any,
+        dropout_keys_R: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
         cfg = self.cfg
         linear = functools.partial(Linear, stddev=cfg.initializer_range)
         rows, time, _ = x_RTD.shape
 
         def heads(name: str, n_heads: int, axis: str) -> jax.Array:
-            flat = linear(n_heads * cfg.head_dim, ("embed", axis), use_bias=cfg.attention_bias, name=name)(x_RTD)
+            projection = linear(n_heads * cfg.head_dim, ("embed", axis), use_bias=cfg.attention_bias, name=name)
+            flat = projection(x_RTD, dropout_keys_R)
             return flat.reshape(rows, time, n_heads, cfg.head_dim)
 
         q = heads("q_proj", cfg.num_attention_heads, "heads")
@@ -169,8 +211,8 @@ class Attention(nn.Module):
             kernels = [functools.partial(flash.attend, cfg.attention, window=w) for w in _windows(cfg)]
             out = lax.switch(window, kernels, q, k, v, seen)
         out = attention.split_time(out).reshape(rows, time, cfg.num_attention_heads * cfg.head_dim)
-        out = linear(cfg.hidden_size, ("heads", "embed"), use_bias=cfg.attention_out_bias, name="o_proj")(out)
-        return out, cache
+        projection = linear(cfg.hidden_size, ("heads", "embed"), use_bias=cfg.attention_out_bias, name="o_proj")
+        return projection(out, dropout_keys_R), cache
 
 
 class MLP(nn.Module):
@@ -179,12 +221,13 @@ class MLP(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_RTD: jax.Array) -> jax.Array:
+    def __call__(self, x_RTD: jax.Array, dropout_keys_R: jax.Array | None) -> jax.Array:
         cfg = self.cfg
         linear = functools.partial(Linear, stddev=cfg.initializer_range, use_bias=cfg.mlp_bias)
-        gate = linear(cfg.intermediate_size, ("embed", "mlp"), name="gate_proj")(x_RTD)
-        up = linear(cfg.intermediate_size, ("embed", "mlp"), name="up_proj")(x_RTD)
-        return linear(cfg.hidden_size, ("mlp", "embed"), name="down_proj")(ACTIVATIONS[cfg.hidden_act](gate) * up)
+        gate = linear(cfg.intermediate_size, ("embed", "mlp"), name="gate_proj")(x_RTD, dropout_keys_R)
+        up = linear(cfg.intermediate_size, ("embed", "mlp"), name="up_proj")(x_RTD, dropout_keys_R)
+        down = linear(cfg.hidden_size, ("mlp", "embed"), name="down_proj")
+        return down(ACTIVATIONS[cfg.hidden_act](gate) * up, dropout_keys_R)
 
 
 class Layer(nn.Module):
@@ -193,16 +236,27 @@ class Layer(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, carry: Any, rope: Any, seen: Any, index: Any, layer: jax.Array, window: Any) -> tuple[Any, None]:
+    def __call__(
+        self, carry: Any, rope: Any, seen: Any, index: Any, dropout_keys_R: Any, layer: jax.Array, window: Any
+    ) -> tuple[Any, None]:
         cfg = self.cfg
         x, cache = carry
+        keys_R = None if dropout_keys_R is None else fold_in(dropout_keys_R, layer)
         norm = functools.partial(RMSNorm, cfg.rms_norm_eps)
         attended, cache = Attention(cfg, name="self_attn")(
-            norm(name="input_layernorm")(x), rope, seen, cache, layer, index, window
+            norm(name="input_layernorm")(x), rope, seen, cache, layer, index, window, keys_R
         )
         x = _activation(x + attended)
-        x = x + MLP(cfg, name="mlp")(norm(name="post_attention_layernorm")(x))
+        x = x + MLP(cfg, name="mlp")(norm(name="post_attention_layernorm")(x), keys_R)
         return (_activation(x), cache), None
+
+
+def look_up(table: Any, tokens_RT: jax.Array, dtype: Any) -> jax.Array:
+    """table[tokens] as [R, T, D] in `dtype`; of a quantised table only these rows are decoded."""
+    if not isinstance(table, quantize.Quantized):
+        return lookup(table, tokens_RT, dtype)
+    codes, scales = (lookup(x, tokens_RT, jnp.float32) for x in (table.codes, table.scales))
+    return (codes * scales).astype(dtype)
 
 
 def _windows(cfg: ModelConfig) -> tuple[int | None, ...]:
@@ -227,6 +281,7 @@ class Decoder(nn.Module):
         segment_ids_RT: jax.Array | None,
         prefix_ids_RT: jax.Array | None,
         cache: Any,
+        dropout_keys_R: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
         name, reason = attention.choose(
             self.cfg,
@@ -240,7 +295,7 @@ class Decoder(nn.Module):
         dtype = jnp.dtype(cfg.compute_dtype)
         shape = (cfg.vocab_size, cfg.hidden_size)
         table = functools.partial(Table, "embedding", shape, ("vocab", None), cfg.initializer_range)
-        x = _activation(lookup(table(name="embed_tokens")(), tokens_RT, dtype))
+        x = _activation(look_up(table(name="embed_tokens")(), tokens_RT, dtype))
 
         angles = positions_RT[..., None].astype(jnp.float32) * rope_frequencies(cfg)
         rope = (jnp.cos(angles), jnp.sin(angles))
@@ -272,13 +327,13 @@ class Decoder(nn.Module):
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
             length=cfg.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
             check_constancy_invariants=False,  # would trace the body once more
         )(cfg, name="layers")
         layer_L = jnp.arange(cfg.num_hidden_layers)
-        (x, buffers), _ = layers((x, buffers), rope, seen, index, layer_L, window_L)
+        (x, buffers), _ = layers((x, buffers), rope, seen, index, dropout_keys_R, layer_L, window_L)
 
         x = RMSNorm(cfg.rms_norm_eps, name="norm")(x)
         if cfg.num_labels:

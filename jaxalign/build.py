@@ -269,7 +269,8 @@ class Programs:
         jit = functools.partial(jax.jit, compiler_options=xla_flags.options(mesh))
         self.train_step = jit(step, donate_argnums=0, out_shardings=(shardings, whole))
         self.score = jit(
-            reference.make_score(ref_cfg, micro_batches=micro_batches), out_shardings=sharding.row_sharding(mesh)
+            reference.make_score(ref_cfg, width=self.objective.width, micro_batches=micro_batches),
+            out_shardings=sharding.row_sharding(mesh),
         )
         # Rows outside of training come in batches of a micro-batch's size already.
         self.score_once = jit(reference.make_score(ref_cfg), out_shardings=sharding.row_sharding(mesh))

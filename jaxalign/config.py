@@ -382,6 +382,10 @@ def _contradictions(c: ConfigDict, given: Given) -> Iterator[Problem]:
     yield from _batch_contradictions(c, given.n_devices)
     yield from _loss_contradictions(c)
     yield from _lora_contradictions(c)
+    terms = _known_terms(c)[1]
+    if c.samples.prompts and terms and head(c) == "score":
+        text = f"samples.prompts is {c.samples.prompts}, but a reward model ({c.loss.name}) says nothing: set it to 0"
+        yield ("samples.prompts", "loss.name"), text
     yield from _packing_contradictions(c, _known_terms(c)[0])
     yield from _best_contradictions(c, given)
     for name, value in _flatten(c).items():
@@ -419,18 +423,23 @@ def _batch_contradictions(c: ConfigDict, n_devices: int | None) -> Iterator[Prob
         return
     for axis in free:
         sizes[axis] = n_devices // fixed
+    from jaxalign import objectives
+    from jaxalign.data.batching import default_buckets
+
     shards = sizes["data"] * sizes["fsdp"]
-    rows = 2 * c.batch_size // splits
+    kind = _known_terms(c)[0] if c.data.packing == "off" else None  # packed rows are as many as divide
+    width = 0 if kind is None else objectives.WIDTHS[kind]
+    rows = width * c.batch_size // splits
     if rows % shards:
         text = (
-            f"a micro-batch has {rows} rows (2 x batch_size {c.batch_size} / gradient_accumulation_steps {splits}), "
-            f"no multiple of mesh.data x mesh.fsdp = {shards} devices"
+            f"a micro-batch has {rows} rows ({width} x batch_size {c.batch_size} / gradient_accumulation_steps "
+            f"{splits}), no multiple of mesh.data x mesh.fsdp = {shards} devices"
         )
         yield (*batch, *names), text
-    if c.eval.batch_size is not None and 2 * c.eval.batch_size % shards:
-        text = f"eval.batch_size = {c.eval.batch_size} pairs, no multiple of mesh.data x mesh.fsdp = {shards} rows"
+    if c.eval.batch_size is not None and width * c.eval.batch_size % shards:
+        rows = width * c.eval.batch_size
+        text = f"eval.batch_size = {c.eval.batch_size} is {rows} rows, no multiple of mesh.data x mesh.fsdp = {shards}"
         yield ("eval.batch_size", *names), text
-    from jaxalign.data.batching import default_buckets
 
     for length in c.data.buckets or default_buckets(c.max_length):
         if length % sizes["sequence"]:
@@ -516,12 +525,14 @@ def _lora_contradictions(c: ConfigDict) -> Iterator[Problem]:
 
 
 def _packing_contradictions(c: ConfigDict, kind: str | None) -> Iterator[Problem]:
+    from jaxalign import objectives
+
     if c.data.packing == "off":
         return
     if c.data.prefixes:
         text = "data.prefixes is for rows that are not packed: data.packing=shared lets all prompts stand once"
         yield ("data.prefixes", "data.packing"), text
-    if c.data.packing == "shared" and kind in ("chats", "scored"):
+    if c.data.packing == "shared" and kind is not None and objectives.WIDTHS[kind] == 1:
         text = f"data.packing=shared, but an example of the loss {c.loss.name!r} has one sequence: set it to on"
         yield ("data.packing", "loss.name"), text
     if c.data.packing == "shared" and c.model.attention not in ("auto", "xla"):

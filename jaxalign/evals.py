@@ -121,6 +121,8 @@ SUMMARIES: dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, float]]] = {
     "pairs": _pairs,
     "triples": _pairs,
     "labelled": _labelled,
+    "singles": _labelled,
+    "singles": _labelled,
     "chats": _chats,
     "reward": _reward,
     "scored": _scored,

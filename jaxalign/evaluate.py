@@ -107,7 +107,7 @@ def details(form: str, examples: Mapping[str, np.ndarray], labels: Sequence[str]
 
 def with_intervals(found: Mapping[str, float]) -> dict[str, float]:
     """The metrics; beside a mean's standard error its 95% interval, beside a share's interval its standard error."""
-    more = {}
+    more: dict[str, float] = {}
     for name, value in found.items():
         if (error := found.get(f"{name}_se")) is not None and f"{name}_low" not in found:
             more |= {f"{name}_low": value - Z * error, f"{name}_high": value + Z * error}

@@ -96,7 +96,7 @@ def _adapters(run: _Run, step: str | int, place: Any) -> tuple[models.Params, st
     path = run.config.model.path
     found = None if path is None else hf.fingerprint(path)
     if found is not None:
-        lora.check_base(meta.get("base_hash"), found, what=f"the run in {run.checkpoints.parent}")
+        lora.check_base(meta["base"], found, what=f"the run in {run.checkpoints.parent}")
     return adapters, found
 
 
@@ -110,12 +110,14 @@ def _merged(run: _Run, adapters: models.Params, place: Any) -> Read:
         read = hf.reader(run.config.model.path, run.cfg, shardings=place, head=head)[1]
     else:
         init = jax.jit(functools.partial(models.init, run.cfg), out_shardings=place)
-        read = lora.flat(init(jax.random.key(run.config.seed))).__getitem__
+        with jax.set_mesh(None):
+            read = lora.flat(init(jax.random.key(run.config.seed))).__getitem__
 
     def merged(path: tuple[str, ...]) -> jax.Array:
         leaf = read(path)
         merge = functools.partial(lora.merge_leaf, path, base=declared, spec=spec)
-        whole: jax.Array = jax.jit(merge, out_shardings=leaf.sharding)(leaf, adapters)
+        with jax.set_mesh(None):  # under the caller's mesh, a leaf on other devices than the mesh's is an error
+            whole: jax.Array = jax.jit(merge, out_shardings=leaf.sharding)(leaf, adapters)
         return whole
 
     return merged

@@ -62,5 +62,4 @@ def _kept(cfg: ModelConfig, spec: lora.Spec, kind: str | None, path: lora.Path, 
             return jax.lax.map(functools.partial(quantize.quantize, kind=kind), leaf)  # a layer's float32 at a time
         if path[-1] == "embedding":
             return quantize.quantize_table(leaf)
-    # Norms are used in float32.
-    return jnp.copy(leaf if path[-1] == "scale" else leaf.astype(cfg.compute_dtype))
+    return jnp.copy(models.as_used(cfg, {path[-1]: leaf})[path[-1]])

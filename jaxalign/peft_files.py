@@ -4,6 +4,7 @@ A key of adapter_config.json is honoured, is about how the adapter came to be, o
 something that would change the numbers. Nothing is imported from PEFT.
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -78,6 +79,7 @@ def read_config(folder: PathLike, cfg: ModelConfig) -> Adapter:
                 "PEFT trained a copy for one of its two uses; such an adapter is not read"
             )
         whole = ["embed_tokens" if name == "lm_head" else name for name in whole]
+    whole = [name for entry in whole for name in _whole(cfg, entry)]
     spec = lora.Spec(
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
@@ -212,6 +214,12 @@ def save(
     return where
 
 
+def fingerprint(folder: PathLike) -> str:
+    """A hexadecimal digest of an adapter's config and weights, whatever its path."""
+    hashes = [paths.content_hash(inside(_at(folder), name)) for name in (CONFIG, WEIGHTS)]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
 def _at(folder: PathLike) -> Folder:
     where = paths.at(folder)
     if str(folder).startswith("hf://") or not where.exists():
@@ -253,6 +261,17 @@ def _tied_head(cfg: ModelConfig, spec: lora.Spec) -> set[str]:
     return {f"{_PREFIX}lm_head.weight"} if tied else set()
 
 
+def _whole(cfg: ModelConfig, entry: str) -> list[str]:
+    """The modules that an entry of modules_to_save names in PEFT: all whose names end so, even within a word."""
+    declared = models.declare(cfg)
+    found = [
+        path[-1]
+        for path in lora.modules(declared)
+        if all(name.endswith(entry) for name in lora.module_names(path, cfg.num_hidden_layers))
+    ]
+    return found or [entry]  # lora.saved refuses what there is not
+
+
 def _stored_shape(leaf: Any, tensor: gather.Tensor) -> tuple[int, ...]:
     shape = tuple(leaf.shape if tensor.layer is None else leaf.shape[1:])
     return shape[::-1] if tensor.transposed else shape
@@ -281,6 +300,7 @@ def _config(cfg: ModelConfig, spec: lora.Spec, base: str | None, base_hash: str 
                 alphas[name] = scale * (rank**0.5 if spec.rslora else rank)
     everywhere = all(all(target.ranks) for target in found)
     whole = [*spec.modules_to_save, *(["lm_head"] if _tied_head(cfg, spec) else [])]
+    whole = ["model.norm" if name == "norm" else name for name in whole]  # "norm" would be every norm (see _whole)
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if cfg.num_labels else "CAUSAL_LM",
@@ -298,5 +318,5 @@ def _config(cfg: ModelConfig, spec: lora.Spec, base: str | None, base_hash: str 
         "use_dora": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        BASE_HASH: base_hash,
+        **({} if base_hash is None else {BASE_HASH: base_hash}),
     }

@@ -29,9 +29,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxalign import build, paths, sampling, sharding
+from jaxalign import build, lora, models, paths, sampling, sharding
 from jaxalign import config as config_lib
+from jaxalign.data import packing
 from jaxalign.data.batching import default_buckets
+from jaxalign.data.formats import LABELLED
 from jaxalign.generate import PROMPT_MULTIPLE
 from jaxalign.messages import first_line
 from jaxalign.models.config import ModelConfig
@@ -43,6 +45,8 @@ GIB = 2**30
 HBM_GIB = {"TPU v4": 30.75, "TPU v5": 95.74, "TPU v5 lite": 15.75, "TPU v6 lite": 31.25, "TPU7x": 94.75}
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+PACKED_EXAMPLES = 8  # that a packed row can hold; where data are known, about twice what it holds on average
 
 STEPS = 1000  # of a run whose length only its data tell: no program's memory depends on it
 
@@ -89,7 +93,7 @@ def preflight(run: build.Programs) -> dict[str, Any]:
     """Compiles the programs of a run and adds up what each device needs. Call under `jax.set_mesh(run.mesh)`.
 
     Returns:
-        device {kind, count, processes, memory}; mesh; model {parameters, remat, compute_dtype, attention};
+        device {kind, count, processes, memory}; mesh; model {parameters, trained, remat, compute_dtype, attention};
         programs [the fields of `Need`, total]; needed (the most over programs) and fits; checkpoint and export (bytes
         on disk in all), host (bytes of each process for its part of a checkpoint while that is written); settings
         [{setting, estimate, fits}], what to change first, empty where it fits.
@@ -100,7 +104,8 @@ def preflight(run: build.Programs) -> dict[str, Any]:
     needs = [dataclasses.replace(need, besides=need.besides + code - need.code) for need in needs]
     memory = memory_of(device)
     worst = max(needs, key=lambda need: need.total)
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.state.params))
+    parameters = sum(math.prod(weight.shape) for weight in lora.flat(models.declare(run.cfg)).values())
+    trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.state.params))
     export = run.config.export.dtype
     fits = worst.total <= memory
     return {
@@ -113,6 +118,7 @@ def preflight(run: build.Programs) -> dict[str, Any]:
         "mesh": dict(run.mesh.shape),
         "model": {
             "parameters": parameters,
+            "trained": trained,
             "compute_dtype": run.cfg.compute_dtype,
             "remat": run.cfg.remat,
             "attention": run.attention,
@@ -129,37 +135,56 @@ def preflight(run: build.Programs) -> dict[str, Any]:
 
 def jobs(run: build.Programs) -> Iterator[Job]:
     """The programs of a run with all that they are called with, each at its longest rows."""
-    config, state = run.config, run.state
-    length = (config.data.buckets or default_buckets(config.max_length))[-1]
-    rows = sharding.row_sharding(run.mesh)
+    config, state, frozen = run.config, run.state, run.frozen
+    whole, one, scored = config.batch_size, run.eval_examples, run.objective.needs_reference
 
-    def batch(n_rows: int, **more: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        leaves = {"tokens": np.int32, "positions": np.int32, "mask": np.bool_, **more}
-        tokens = {x: jax.ShapeDtypeStruct((n_rows, length), dtype, sharding=rows) for x, dtype in leaves.items()}
-        return {**tokens, "lengths": jax.ShapeDtypeStruct((n_rows,), np.int32, sharding=rows)}
+    def job(name: str, function: Any, before: tuple[Any, ...], rows: dict[str, Any], besides: Any) -> Job:
+        arguments = (*before, rows)
+        return Job(name, rows["tokens"].shape, lambda: function.lower(*arguments), arguments, besides)
 
-    def job(name: str, function: Any, arguments: tuple[Any, ...], besides: Any, n_rows: int) -> Job:
-        return Job(name, (n_rows, length), lambda: function.lower(*arguments), arguments, besides)
-
-    fixed = run.reference if run.live_reference and run.sync is None else None
-    scored = {"ref_logps": np.float32} if run.objective.needs_reference else {}
-    eval_rows = 2 * run.eval_pairs
+    shares = frozen is not None and config.reference.path is None  # then the reference is the frozen weights
+    fixed = run.reference if run.live_reference and run.sync is None and not shares else None
     if run.sync is not None:
         others = {name: x for name, x in state.aux.items() if name != "reference"}
-        moving = (state.aux["reference"], batch(run.rows))
-        yield job("score", run.score, moving, state._replace(aux=others), run.rows)
-    elif run.cached_reference:  # before the first step, when there is no optimizer yet
-        n_rows = run.rows // config.gradient_accumulation_steps
-        yield job("score", run.score_once, (run.reference, batch(n_rows)), state.params, n_rows)
+        yield job("score", run.score, (state.aux["reference"],), batch(run, whole), state._replace(aux=others))
+    elif run.cached_reference and scored:  # before the first step, when there is no optimizer yet
+        part = batch(run, whole // config.gradient_accumulation_steps)
+        yield job("score", run.score_once, (run.reference,), part, (state.params, None if shares else frozen))
     elif run.live_reference:
-        yield job("score", run.score, (run.reference, batch(run.rows)), state, run.rows)
-    yield job("train step", run.train_step, (state, None, batch(run.rows, **scored)), fixed, run.rows)
+        yield job("score", run.score, (run.reference,), batch(run, whole), (state, None if shares else frozen))
+    yield job("train step", run.train_step, (state, frozen), batch(run, whole, scored=scored), fixed)
     without_weights = (state._replace(params=None), fixed)
     if config.data.eval.path or config.data.eval.split or config.data.eval.fraction:
-        arguments = (state.params, None, batch(eval_rows, **scored))
-        yield job("evaluate", run.examples, arguments, without_weights, eval_rows)
+        yield job("evaluate", run.examples, (state.params, frozen), batch(run, one, scored=scored), without_weights)
     if config.samples.prompts:
         yield sampler(run, without_weights)
+
+
+def batch(run: build.Programs, examples: int, *, scored: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of so many examples at their longest; packed ones fill as many rows as they have tokens for."""
+    config, objective = run.config, run.objective
+    rows, slots = objective.width * examples, 1
+    length = (config.data.buckets or default_buckets(config.max_length))[-1]
+    leaves: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    if config.data.packing != "off":
+        multiple = sharding.axis_size(sharding.ROWS, run.mesh) * config.gradient_accumulation_steps
+        tokens, length = rows * length, config.data.packed_length or objective.width * length
+        rows, slots = packing.round_up(-(-tokens // length), multiple), PACKED_EXAMPLES * objective.width
+        leaves["segment_ids"] = (np.int32, (length,))
+        if config.data.packing == "shared":
+            leaves["prefix_ids"] = (np.int32, (length,))
+    leaves |= dict.fromkeys(("tokens", "positions"), (np.int32, (length,))) | {"mask": (np.bool_, (length,))}
+    leaves |= {"lengths": (np.int32, ()), "ends": (np.int32, (slots,))}
+    if scored:
+        leaves["ref_logps"] = (np.float32, (length,))
+    if objective.kind in LABELLED:
+        leaves["label"] = (np.float32, (slots,))
+    if objective.kind == "scored":
+        leaves["scores"] = (np.float32, (slots, run.cfg.num_labels))
+    if config.data.weight is not None:
+        leaves["weight"] = (np.float32, (slots,))
+    place = sharding.row_sharding(run.mesh)
+    return {name: jax.ShapeDtypeStruct((rows, *rest), dtype, sharding=place) for name, (dtype, rest) in leaves.items()}
 
 
 def sampler(run: build.Programs, besides: Any) -> Job:
@@ -177,10 +202,14 @@ def sampler(run: build.Programs, besides: Any) -> Job:
         sampling.make_limits(n_rows, max_new=new),
     )
 
-    def lower() -> Any:
-        return sampling.generate.lower(run.cfg, run.state.params, *inputs, max_new_tokens=new)
+    weights = jax.eval_shape(lora.attach, run.frozen, run.state.params)
+    placed = lora.flat(run.state.params) | ({} if run.frozen is None else lora.flat(run.frozen.base))
+    weights = lora.nest({path: placed.get(path, leaf) for path, leaf in lora.flat(weights).items()})
 
-    return Job("prefill and decode", (n_rows, width + new), lower, (run.state.params, inputs), besides)
+    def lower() -> Any:
+        return sampling.generate.lower(run.cfg, weights, *inputs, max_new_tokens=new)
+
+    return Job("prefill and decode", (n_rows, width + new), lower, (weights, inputs), besides)
 
 
 def measure(job: Job, platform: str) -> Need:
@@ -421,7 +450,8 @@ def settings(run: build.Programs, needs: Sequence[Need], memory: int) -> list[di
     more = [
         n
         for n in range(splits + 1, config.batch_size + 1)
-        if config.batch_size % n == 0 and 2 * config.batch_size // n % (shape["data"] * shape["fsdp"]) == 0
+        if config.batch_size % n == 0
+        and run.objective.width * config.batch_size // n % (shape["data"] * shape["fsdp"]) == 0
     ]
     found = [(f"gradient_accumulation_steps={n}", estimate(into=n)) for n in more]
     if cfg.remat != "full":
@@ -465,9 +495,10 @@ def show(report: Mapping[str, Any], console: Any) -> None:
     device, model = report["device"], report["model"]
     axes = " x ".join(f"{name} {size}" for name, size in report["mesh"].items() if size > 1) or "one device"
     attention, why = model["attention"]
+    trained = f" and {model['trained']:,} trained beside them" if model["trained"] < model["parameters"] else ""
     console.print(
         f"{device['count']} x {device['kind']} ({axes}), {device['processes']} host(s); {model['parameters']:,} "
-        f"weights, {model['compute_dtype']}, remat {model['remat']}, attention {attention} ({why})",
+        f"weights{trained}, {model['compute_dtype']}, remat {model['remat']}, attention {attention} ({why})",
         highlight=False,
         soft_wrap=True,
     )

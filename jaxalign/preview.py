@@ -31,6 +31,7 @@ DROPPED_SHOWN = 10
 RESPONSES = {
     "pairs": ("chosen", "rejected"),
     "labelled": ("completion", "mismatched"),
+    "singles": ("completion",),
     "chats": ("answer",),
     "triples": ("chosen", "rejected", "reference"),
     "scored": ("completion",),
@@ -154,7 +155,7 @@ def batch_fields(
         ]
         fields |= _padded(name, wholes, prepared.pad_id)
         reward: list[float | None] = [None] * len(examples)
-        if prepared.kind == "labelled":
+        if "label" in prepared.values:
             reward = prepared.values["label"][examples].tolist()
         elif rewards_known and prepared.kind in ("pairs", "triples") and j < 2:
             reward = [1.0 - j] * len(examples)

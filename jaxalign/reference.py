@@ -53,16 +53,8 @@ def make_score(cfg: ModelConfig, *, width: int = 2, micro_batches: int = 1) -> S
 
 
 def frozen_copy(cfg: ModelConfig, params: models.Params) -> models.Params:
-    """The weights of a reference, sharing no buffer with `params`; jit it.
-
-    What the forward pass would cast to cfg.compute_dtype anyway is kept in it. Norm scales are used in float32 and stay
-    so; every number that the model computes is the same.
-    """
-
-    def cast(path: Any, x: jax.Array) -> jax.Array:
-        return jnp.copy(x if path[-1].key == "scale" else x.astype(cfg.compute_dtype))
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+    """The weights of a reference as the model uses them, sharing no buffer with `params`; jit it."""
+    return jax.tree.map(jnp.copy, models.as_used(cfg, params))
 
 
 def mix(policy: models.Params, reference: models.Params, alpha: float) -> models.Params:

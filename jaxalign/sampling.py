@@ -161,7 +161,7 @@ def generate(
     if cfg.num_labels:
         raise ValueError(f"the model has a score head (num_labels={cfg.num_labels}); generation needs a language model")
     rows, width = prompts_BP.shape
-    params = _decode_view(cfg, params)
+    params = models.as_used(cfg, params)  # once instead of at every token
     pad_id = cfg.pad_token_id or 0
 
     segments_BP = prompt_mask_BP.astype(jnp.int32)
@@ -212,16 +212,6 @@ def generate(
     )
     # Small, and every process reads them: each device gets them whole.
     return jax.tree.map(lambda x_BN: sharding.constrain(x_BN, None, None), samples)
-
-
-def _decode_view(cfg: ModelConfig, params: Params) -> Params:
-    """The weights as the matrix products take them, narrowed once instead of at every token. Norms work in float32."""
-    dtype = jnp.dtype(cfg.compute_dtype)
-
-    def narrow(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key != "scale" and leaf.dtype.itemsize > dtype.itemsize else leaf
-
-    return jax.tree_util.tree_map_with_path(narrow, params)
 
 
 def _init_cache(cfg: ModelConfig, rows: int, length: int) -> Params:

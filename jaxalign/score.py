@@ -84,9 +84,8 @@ def score(
                 sequences.append(ids[:max_length])
                 owners.append((place, suffix))
         scored = [dict(row) for _, row in chunk]
-        for (place, suffix), values in zip(
-            owners, _values(cfg, params, sequences, size, max_length, mesh), strict=True
-        ):
+        found = _values(cfg, params, sequences, size, max_length, mesh)
+        for (place, suffix), values in zip(owners, found, strict=True):
             scored[place][f"{column}{suffix}"] = float(values @ np.asarray(weights))
             if cfg.num_labels > 1:
                 scored[place][f"{column}s{suffix}"] = dict(zip(names, values.tolist(), strict=True))

@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -56,6 +57,11 @@ def nll(before: Values, after: Values) -> dict[str, float]:
     return _ratio(before["nll"], after["nll"], after["tokens"])
 
 
+def gold_nll(before: Values, after: Values) -> dict[str, float]:
+    """Nats a token of the gold responses, over all triples."""
+    return _ratio(before["nll/gold"], after["nll/gold"], after["gold_tokens"])
+
+
 def squared_error(before: Values, after: Values) -> dict[str, float]:
     """The mean over all scores of all rows."""
     return _ratio(before["loss"], after["loss"], after["scores"])
@@ -76,7 +82,7 @@ def _ratio(before: np.ndarray, after: np.ndarray, weight: np.ndarray) -> dict[st
 
 MEASURES = {
     "pairs": ("reward margin", margins, +1),
-    "triples": ("reward margin", margins, +1),
+    "triples": ("nats a token of the gold response", gold_nll, -1),
     "labelled": ("reward margin", labelled_margins, +1),
     "chats": ("nats a token", nll, -1),
     "scored": ("squared error", squared_error, -1),
@@ -95,12 +101,12 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     seen: list[Values] = []
     collect = evals.collect
 
-    def keep(*args: Any) -> Values:
-        seen.append(collect(*args))
+    def keep(*args: Any, **options: Any) -> Values:
+        seen.append(collect(*args, **options))
         return seen[-1]
 
-    evals.collect = keep  # evaluation logs means; the error of a change takes the values of each example
-    with tempfile.TemporaryDirectory() as folder:
+    # Evaluation logs means; the error of a change takes the values of each example.
+    with mock.patch.object(evals, "collect", keep), tempfile.TemporaryDirectory() as folder:
         overrides = {**UNSHOWN, "seed": seed, "workdir": folder}
         config = config_lib.load(str(config_file(name)), [f"{key}={value}" for key, value in overrides.items()])
         began = time.perf_counter()
@@ -109,7 +115,8 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     what, how, sign = MEASURES[objectives.kind_of(config.loss.name)]
     found = {key: round(value, 4) for key, value in how(seen[0], seen[-1]).items()}
     rows = len(next(iter(seen[-1].values())))
-    return {"metric": what, "sign": sign, **found, "rows": rows, "seconds": round(seconds)}
+    times = {"seconds": round(seconds), "cpu_seconds": round(time.process_time())}
+    return {"metric": what, "sign": sign, **found, "rows": rows, **times}
 
 
 def config_file(name: str) -> Path:
@@ -139,7 +146,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     All seeds are evaluated on the same rows, so that the rows' part of the error does not shrink with their number:
     it stands as it is (root mean square), and the seeds' part is added.
     """
-    mean = {key: statistics.fmean(run[key] for run in runs) for key in ("before", "after", "change", "seconds")}
+    mean = {key: statistics.fmean(run[key] for run in runs) for key in ("before", "after", "change", "cpu_seconds")}
     rows = math.sqrt(statistics.fmean(run["change_se"] ** 2 for run in runs))
     seeds = statistics.stdev(run["change"] for run in runs) / math.sqrt(len(runs)) if len(runs) > 1 else 0.0
     return mean | {"change_se": math.hypot(rows, seeds)}
@@ -147,7 +154,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def render(results: Mapping[str, Any]) -> str:
     """The table of a results file, in Markdown."""
-    lines = ["| config | held out | before | after | change | of its standard error | seeds | s |",
+    lines = ["| config | held out | before | after | change | of its standard error | seeds | CPU s |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for name, entry in sorted(results.items()):
         runs = list(entry["seeds"].values())
@@ -155,7 +162,7 @@ def render(results: Mapping[str, Any]) -> str:
         change = f"{s['change']:+.3f} ± {s['change_se']:.3f}"
         lines.append(
             f"| `{name}` | {runs[0]['metric']} | {s['before']:.3f} | {s['after']:.3f} | {change} | "
-            f"{abs(s['change']) / s['change_se']:.1f}x | {', '.join(entry['seeds'])} | {s['seconds']:.0f} |"
+            f"{abs(s['change']) / s['change_se']:.1f}x | {', '.join(entry['seeds'])} | {s['cpu_seconds']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -165,7 +172,7 @@ def sentence(entry: Mapping[str, Any]) -> str:
     runs = list(entry["seeds"].values())
     s, first = summary(runs), runs[0]
     return (
-        f"Expected time: {s['seconds']:.0f} s on two cores that others used as well. Expected numbers: "
+        f"Expected time: {s['cpu_seconds']:.0f} s of CPU time, shared by two cores. Expected numbers: "
         f"{first['metric']} on {first['rows']} held-out examples {s['before']:.3f} before, {s['after']:.3f} after; "
         f"a change of {s['change']:+.3f} +- {s['change_se']:.3f} (standard error; seeds {', '.join(entry['seeds'])})."
     )

@@ -103,12 +103,14 @@ def formula(monkeypatch):
         return {name: found[name] for name in want}
 
     monkeypatch.setattr(logprobs, "score", score)
-    monkeypatch.setattr(logprobs, "hidden", lambda cfg, params, batch: params["kernel"][batch["tokens"]][..., None])
+    monkeypatch.setattr(
+        logprobs, "hidden", lambda cfg, params, batch: jnp.asarray(params["kernel"])[batch["tokens"]][..., None]
+    )
     monkeypatch.setattr(models, "value", lambda cfg, params, h: jnp.tanh(h * jnp.arange(1, cfg.num_labels + 1)))
 
 
 def log_probs(kernel, batch):
     """[R, T]: log-probs of the scored tokens, by formula."""
-    logits_RT = kernel[batch["tokens"]]
+    logits_RT = jnp.asarray(kernel)[batch["tokens"]]
     before_RT = jnp.pad(logits_RT[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(batches.scored(batch), -jax.nn.softplus(logits_RT + 0.3 * before_RT), 0)

@@ -8,7 +8,7 @@ from common import FAMILIES, load_tokenizer
 from common import case as golden_case
 
 from jaxalign.data.chat import Encoded, encode, encode_prompt, render, special_prefix
-from jaxalign.data.formats import FORMATS, Example, RowError, detect, extract_prompt
+from jaxalign.data.formats import Example, RowError, detect, extract_prompt
 from jaxalign.data.formats.hh import hh
 from jaxalign.data.formats.pairs import pairs
 
@@ -194,9 +194,9 @@ def test_tokens_are_trls(tokenizers, family, case):
     data = golden(family, "data_tokenization")[case]
     encoded = encode(tokenizers[family], [pairs(row) for row in data["rows"]])
     for pair, expected in zip(encoded, data["tokenized"], strict=True):
-        assert pair.sequences[0][: pair.prompt_length] == pair.sequences[1][: pair.prompt_length] == expected["prompt_ids"]
-        assert pair.sequences[0][pair.prompt_length :] == expected["chosen_ids"]
-        assert pair.sequences[1][pair.prompt_length :] == expected["rejected_ids"]
+        assert pair.prompt_length == len(expected["prompt_ids"])
+        assert pair.sequences[0] == expected["prompt_ids"] + expected["chosen_ids"]
+        assert pair.sequences[1] == expected["prompt_ids"] + expected["rejected_ids"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

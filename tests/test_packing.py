@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import FAMILIES, model
+from common import model
 from made import make
 
 from jaxalign import logprobs, models, reference, sharding
-from jaxalign.data import batching, packing
 from jaxalign.data.batching import EvalBatches, ExampleSource
 from jaxalign.data.packing import FILLER, Packer, best_fit
 
@@ -184,19 +183,16 @@ def test_what_packing_refuses():
 
 
 def loss_of(cfg, width):
-    """Something in which every sequence's log-prob, and its last hidden state, has a weight of its own."""
+    """Something in which every sequence's log-prob has a weight of its own."""
 
     def loss(params, batch):
         segments, n = batch.get("segment_ids"), batch["ends"].shape[1]
         logps = logprobs.score(cfg, params, batch)["logps"]
         found = logprobs.per_sequence(logps, batch["mask"], segments, num_segments=n)
-        hidden = logprobs.hidden(cfg, params, batch)
-        last = jnp.take_along_axis(hidden, jnp.maximum(batch["ends"], 0)[..., None], axis=1)
-        real = batch["ends"] >= 0
-        weight = batch["label"] * (1 + jnp.arange(n) % width if segments is not None else 1 + _sides(batch, width))
-        sums = jnp.where(real, found * weight, 0).sum() + jnp.where(real, last.mean(axis=-1) * weight, 0).sum()
-        # Through the other way too: a value of each sequence at its tokens.
-        return sums + (logprobs.per_token(weight, segments) * jnp.where(batch["mask"], jnp.square(logps), 0)).sum() / 10
+        weight = batch["label"] * (1 + (jnp.arange(n) if segments is not None else _sides(batch, width)) % width)
+        # Through the other way too: a sequence's value at its tokens.
+        squares = logprobs.per_token(weight, segments) * jnp.where(batch["mask"], jnp.square(logps), 0)
+        return (found * weight).sum() + squares.sum() / 10
 
     return loss
 
@@ -228,20 +224,28 @@ def check(got, want):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max(), rtol=0)
 
 
-MESHES = [{"fsdp": 4, "tensor": 2}, {"fsdp": 4, "sequence": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+TENSOR, SEQUENCE = {"fsdp": 4, "tensor": 2}, {"fsdp": 4, "sequence": 2}
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("family", "width", "layout"),
+    ("packing_", "family", "width", "layout"),
     [
-        *((family, 2, None) for family in FAMILIES),
-        *(("llama", width, None) for width in (1, 3)),
-        *(("llama", 2, layout) for layout in MESHES),
+        ("on", "llama", 2, None),
+        ("shared", "llama", 2, None),
+        ("shared", "llama", 2, TENSOR),
+        ("shared", "llama", 2, SEQUENCE),
+        ("on", "llama", 1, None),
+        ("shared", "qwen3", 3, None),
+        pytest.param("on", "qwen3", 3, None, marks=SLOW),
+        pytest.param("shared", "qwen2", 2, None, marks=SLOW),
+        pytest.param("on", "llama", 2, TENSOR, marks=SLOW),
+        pytest.param("on", "llama", 2, SEQUENCE, marks=SLOW),
+        pytest.param("shared", "llama", 2, {"data": 2, "fsdp": 2, "tensor": 2}, marks=SLOW),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("packing_", PACKED)
-def test_loss_and_gradients_are_those_of_unpacked_rows(family, width, layout, packing_):
+def test_loss_and_gradients_are_those_of_unpacked_rows(packing_, family, width, layout):
     cfg, params = model(family)
     source = ExampleSource(made(width), batch_size=12, seed=0, packing=packing_, row_multiple=8 if layout else 1)
     batch = source(1)
@@ -253,6 +257,23 @@ def test_loss_and_gradients_are_those_of_unpacked_rows(family, width, layout, pa
             batch = reference.place(mesh, batch)
         got = jax.device_get(jax.jit(jax.value_and_grad(loss_of(cfg, width)))(params, device(batch)))
     check(got, unpacked(family, width))
+
+
+@pytest.mark.parametrize("packing_", PACKED)
+def test_the_hidden_state_at_a_sequences_end_is_that_of_unpacked_rows(packing_):
+    cfg, params = model("qwen3")
+    prepared = made(2)
+
+    @jax.jit
+    def last(batch):
+        hidden = logprobs.hidden(cfg, params, batch)
+        return jnp.take_along_axis(hidden, jnp.maximum(batch["ends"], 0)[..., None], axis=1)
+
+    packed, plain = (ExampleSource(prepared, batch_size=8, seed=0, packing=p)(0) for p in (packing_, "off"))
+    want = dict(zip(plain["row_ids"][::2, 0].tolist(), last(device(plain)).reshape(8, 2, -1), strict=True))
+    found = last(device(packed))
+    for example, sequence, row, slot in sequences(prepared, packed):
+        np.testing.assert_allclose(found[row, slot], want[example][sequence], atol=1e-5)
 
 
 # ---- the reference's log-probs
@@ -303,4 +324,3 @@ def test_scoring_in_parts_gives_the_log_probs_of_the_whole(packing_):
     whole = jax.jit(reference.make_score(cfg, width=3))(params, batch)
     parts = jax.jit(reference.make_score(cfg, width=3, micro_batches=2))(params, batch)
     np.testing.assert_allclose(parts, whole, atol=2e-5)
-    assert batching.PACKING == ("off", "on", "shared") and packing.FILLER == -1

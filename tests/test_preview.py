@@ -106,3 +106,107 @@ def test_data_that_cannot_be_read_ends_with_a_message(config_file, capsys):
         preview_lib.main(["preview", f"--config={config_file}", f"--config.data.path={config_file.parent}/row.jsonl"])
     assert stop.value.code == 1
     assert "did you mean" in capsys.readouterr().err
+
+
+# ---- a batch under the field names of HALOs-like frameworks
+
+SINGLES = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 > 0} for i, row in enumerate(ROWS)]
+CHATS = [
+    {"messages": [{"role": "user", "content": "glass"}, {"role": "assistant", "content": "é" * i}]} for i in (2, 5)
+]
+SETUPS = {
+    "sft": ("chats", ROWS, {}, [None]),
+    "sft of chats": ("chats", CHATS, {}, [None]),
+    "reward modelling": ("pairs", ROWS, {"rewards_known": False}, [None, None]),
+    "offline pointwise": ("labelled", SINGLES, {}, ["label"]),
+    "offline pairwise": ("pairs", ROWS, {}, [1.0, 0.0]),
+}
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_batch_of_each_offline_set_up_has_its_fields(tokenizer, tmp_path, name):
+    kind, rows, options, rewards = SETUPS[name]
+    prepared = prepare(rows, tokenizer=tokenizer, max_length=64, kind=kind, cache_dir=tmp_path)
+    examples = [1, 0]
+    fields = preview_lib.batch_fields(prepared, tokenizer, examples, **options)
+    suffixes = ("", "_response_only", "_token_ids", "_attention_mask", "_reward", "_weight")
+    names = [f"generation{n}{suffix}" for n in range(1, len(rewards) + 1) for suffix in suffixes]
+    assert list(fields) == ["prompt", "prompt_token_ids", "prompt_attention_mask", *names]
+    assert all(isinstance(values, list) and len(values) == 2 for values in fields.values())
+    wanted = {"prompt": prepared.prompt}
+    for n, reward in enumerate(rewards):
+        field = f"generation{n + 1}"
+        wanted[field] = lambda i, n=n: prepared.sequence(i, n)[0]
+        labels = [float(rows[i]["label"]) for i in examples] if reward == "label" else [reward, reward]
+        assert fields[f"{field}_reward"] == labels and fields[f"{field}_weight"] == [1.0, 1.0]
+        responses = fields[f"{field}_response_only"]
+        assert [prompt + text for prompt, text in zip(fields["prompt"], responses, strict=True)] == fields[field]
+    for field, ids_of in wanted.items():
+        for i, ids, mask in zip(examples, fields[f"{field}_token_ids"], fields[f"{field}_attention_mask"], strict=True):
+            real = ids_of(i).tolist()
+            assert ids[: len(real)] == real and set(ids[len(real) :]) <= {prepared.pad_id}
+            assert mask == [1] * len(real) + [0] * (len(ids) - len(real))
+            assert len(ids) == max(len(ids_of(other)) for other in examples)
+    json.dumps(fields)
+
+
+def test_weights_of_a_batch_come_from_a_column_or_a_function(tokenizer, tmp_path):
+    rows = [{**row, "w": i} for i, row in enumerate(ROWS)]
+    options = {"tokenizer": tokenizer, "max_length": 64, "cache_dir": tmp_path}
+    prepared = prepare(rows, weight_column="w", **options)
+    assert preview_lib.batch_fields(prepared, tokenizer, [3, 0])["generation2_weight"] == [3.0, 0.0]
+    prepared = prepare(ROWS, **options)
+    report = preview_lib.preview(prepared, tokenizer, batch_size=4, weigh=lambda examples, step: examples / 2.0)
+    first = preview_lib.ExampleSource(prepared, batch_size=4, seed=0).examples_of(0)
+    assert report["batch"]["generation1_weight"] == (first / 2.0).tolist()
+    assert report["batch"] == preview_lib.batch_fields(prepared, tokenizer, first, weights=first / 2.0)
+
+
+def test_every_kind_is_shown_with_its_numbers(tokenizer, tmp_path):
+    from rich.console import Console
+
+    rows = [{**row, "a": 1.5, "b": -2, "reference": "gold", "label": True, "w": 3} for row in SINGLES]
+    rows = [{**row, **ROWS[i]} for i, row in enumerate(rows)]
+    shown = {}
+    for kind in preview_lib.RESPONSES:
+        columns = ("a", "b") if kind == "scored" else ()
+        options = {"max_length": 64, "cache_dir": tmp_path, "weight_column": "w", "score_columns": columns}
+        prepared = prepare(rows, tokenizer=tokenizer, kind=kind, **options)
+        report = json.loads(json.dumps(preview_lib.preview(prepared, tokenizer, batch_size=4, rows=1)))
+        out = io.StringIO()
+        preview_lib.show(report, Console(file=out, width=120))
+        shown[kind] = out.getvalue()
+        assert f"kept ({kind})" in shown[kind] and "weight 3" in shown[kind]
+        for name in preview_lib.RESPONSES[kind]:
+            assert f"{name}: " in shown[kind]
+        scored = sum(prepared.sequence(i, j)[1].sum() for i in range(len(prepared)) for j in range(prepared.width))
+        assert report["scored_share"] == pytest.approx(scored / prepared.lengths.sum(), abs=1e-6)
+    assert "label 1" in shown["labelled"] and "scores[0] 1.5, scores[1] -2" in shown["scored"]
+    assert "label" not in shown["pairs"]
+
+
+def test_turns_that_are_not_scored_stand_out_without_colours(tokenizer, tmp_path):
+    from rich.console import Console
+
+    turns = [{"role": ("user", "assistant")[n % 2], "content": "glass river"} for n in range(4)]
+    prepared = prepare([{"messages": turns}], tokenizer=tokenizer, max_length=99, kind="chats", cache_dir=tmp_path)
+    out = io.StringIO()
+    preview_lib.show(preview_lib.preview(prepared, tokenizer, batch_size=1, rows=1), Console(file=out, width=500))
+    assert "of them scored" in out.getvalue() and "‖" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "loss, kind, rewards",
+    [
+        ("sft", "chats", [None]),
+        ("reward", "pairs", [None, None]),
+        ("kto", "labelled", [{0.0, 1.0}]),
+        ("ipo", "pairs", [{1.0}, {0.0}]),
+    ],
+)
+def test_the_command_shows_the_batch_of_the_configs_loss(config_file, capsys, loss, kind, rewards):
+    preview_lib.main(["preview", f"--config={config_file}", "--json", f"--config.loss.name={loss}", "--rows=0"])
+    report = json.loads(capsys.readouterr().out)["train"]
+    assert report["kind"] == kind and len(report["batch"]["prompt"]) == 4
+    found = [set(values) for name, values in report["batch"].items() if name.endswith("_reward")]
+    assert found == [{None} if reward is None else reward for reward in rewards]

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from common import GOLDEN, case, policy
 
-from jaxalign import hf, models, score, sharding
+from jaxalign import generate, hf, metrics, models, score, sharding
 from jaxalign.data import chat
 
 REWARD = GOLDEN / "models" / "llama" / "reward"
@@ -35,10 +36,13 @@ def folder(reward, tmp_path_factory):
 
 
 def one_by_one(cfg, params, ids) -> np.ndarray:
-    """The naive way: a row alone, all its scores, the last one taken."""
-    tokens = jnp.asarray(ids, jnp.int32)[None]
-    hidden = models.apply(cfg, params, tokens, jnp.arange(tokens.shape[1])[None])[0]
-    return np.asarray(models.value(cfg, params, hidden))[0, -1]
+    """The naive way: a row alone, the scores of all its tokens, that of the last one taken."""
+    tokens = jnp.zeros((1, 128), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))
+    hidden = _hidden(cfg, params, tokens, jnp.arange(128)[None])[0]
+    return np.asarray(models.value(cfg, params, hidden))[0, len(ids) - 1]
+
+
+_hidden = jax.jit(models.apply, static_argnums=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -47,14 +51,14 @@ def test_values_are_trls_at_the_last_token_of_each_row(family):
     info, arrays = case(family, "reward_bt")
     lengths = arrays["in.attention_mask"].sum(axis=1)
     rows = [tokens[:length].tolist() for tokens, length in zip(arrays["in.input_ids"], lengths, strict=True)]
-    values = score._values(cfg, params, rows, 4, 128, None)[:, 0]
+    values = score._values(cfg, params, rows, 12, 512, None)[:, 0]
     want = np.concatenate([arrays["out.rewards.chosen"], arrays["out.rewards.rejected"]])
     np.testing.assert_allclose(values, want, rtol=0, atol=1e-4)
 
 
 def test_rows_keep_their_fields_and_order_and_get_the_score_of_their_own_tokens(reward):
     cfg, params, tokenizer = reward
-    found = list(score.score(cfg, params, tokenizer, ROWS, batch_size=2))
+    found = list(score.score(cfg, params, tokenizer, ROWS))
     for row, scored in zip(ROWS, found, strict=True):
         assert {name: scored[name] for name in row} == row
     end = tokenizer.eos_token
@@ -67,7 +71,10 @@ def test_rows_keep_their_fields_and_order_and_get_the_score_of_their_own_tokens(
         ids = talk if text is None else chat.encode_prompt(tokenizer, text + end)
         np.testing.assert_allclose(value, one_by_one(cfg, params, ids)[0], atol=1e-5)
     assert found[2]["score"] == found[3]["score"]
-    assert found == list(score.score(cfg, params, tokenizer, iter(ROWS), batch_size=64))
+    again = list(score.score(cfg, params, tokenizer, iter(ROWS), batch_size=2))  # other company, other chunks
+    np.testing.assert_allclose(
+        [row.get("score", 0) for row in again], [row.get("score", 0) for row in found], atol=1e-5
+    )
 
 
 def test_text_becomes_a_chat_where_that_is_asked_for(reward):
@@ -86,10 +93,11 @@ def test_a_side_that_repeats_its_prompt_is_scored_once(reward):
 
 def test_long_rows_are_cut_at_their_end(reward):
     cfg, params, tokenizer = reward
-    row = {"prompt": "x" * 100, "response": "y" * 100}
-    (found,) = score.score(cfg, params, tokenizer, [row], max_length=32)
-    ids = chat.encode_prompt(tokenizer, "x" * 100 + "y" * 100 + tokenizer.eos_token)[:32]
-    np.testing.assert_allclose(found["score"], one_by_one(cfg, params, ids)[0], atol=1e-5)
+    row = {"prompt": "xz" * 30, "response": "yw" * 30}
+    (found,) = score.score(cfg, params, tokenizer, [row], max_length=64)
+    ids = chat.encode_prompt(tokenizer, row["prompt"] + row["response"] + tokenizer.eos_token)
+    assert len(ids) > 64
+    np.testing.assert_allclose(found["score"], one_by_one(cfg, params, ids[:64])[0], atol=1e-5)
     (whole,) = score.score(cfg, params, tokenizer, [row])
     assert abs(whole["score"] - found["score"]) > 1e-4
 
@@ -146,7 +154,7 @@ def test_the_command_writes_jsonl(reward, folder, tmp_path, capsys):
     ("row", "options", "message"),
     [
         ({"prompt": "a"}, {}, "row 0 has the columns prompt; expected prompt and response"),
-        ({"prompt": "a", "response": "b", "score": 1.0}, {}, "row 0 has score already"),
+        ({"prompt": "a", "response": "b", "score": 1.0}, {}, "row 0 has a column score already"),
         ({"prompt": 3, "response": "b"}, {}, "row 0: got 3, expected text or chat messages"),
         ("text", {}, "row 0 is no JSON object"),
         ({"prompt": "a", "response": "b"}, {"weights": [1.0, 2.0]}, "2 weights were given for the 1 outputs"),
@@ -205,6 +213,26 @@ def test_the_pad_token_of_a_score_model_ends_no_sequence(tmp_path):
         ids = tokenizer("a<|im_end|>")["input_ids"]
         padded = np.array([*ids, want, want])
         assert int((np.arange(len(padded)) * (padded != want)).argmax()) == len(ids) - 1
+
+
+def test_a_run_of_adapters_and_its_export_score_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "plot", lambda folder: folder / "curves.png")
+    changes = {
+        "model__random": None, "model__path": str(policy("llama")), "tokenizer__path": None, "loss__name": "reward",
+        "lora__rank": 2, "steps": 3, "epochs": None, "data__eval__path": None, "eval__every": None,
+        "samples__prompts": None, "samples__max_new_tokens": None, "checkpoint__every": 0,
+    }  # fmt: skip
+    run = runs.run(tmp_path / "run", **changes).folder
+    of_run = generate.load(str(run), head="score")
+    of_export = generate.load(str(run / "export"), head="score")
+    assert of_run.cfg.num_labels == 1 and of_export.tokenizer.pad_token_id == of_export.cfg.pad_token_id == 0
+    rows = runs.rows(6)
+    ours, theirs = (list(score.score(one.cfg, one.params, one.tokenizer, rows)) for one in (of_run, of_export))
+    for name in ("score_chosen", "score_rejected"):
+        np.testing.assert_allclose([row[name] for row in ours], [row[name] for row in theirs], atol=1e-5)
+    untrained = hf.load(policy("llama"), head="score")
+    first = list(score.score(*untrained, of_run.tokenizer, rows))
+    assert max(abs(row["score_chosen"] - old["score_chosen"]) for row, old in zip(ours, first, strict=True)) > 1e-3
 
 
 TORCH = os.environ.get("JAXALIGN_TORCH_PYTHON")  # of an environment with torch and transformers

@@ -213,7 +213,7 @@ def write_random(folder: Path, max_shard_bytes: int) -> None:
     """A folder with a random model of 2 GB, in the files that `hf.save` would choose."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(QWEN_05B))
-    shapes = {name: leaf.tensor_shape for leaf in hf._leaves(hf.read_config(folder)) for name in leaf.names}
+    shapes = {name: leaf.tensor_shape for leaf in hf.names.leaves(hf.read_config(folder)) for name in leaf.names}
     random, dtype = np.random.default_rng(0), np.dtype(np.float32)
     shards = safetensors_file.plan(shapes, dtype, max_shard_bytes)
     for shard in shards:

@@ -207,10 +207,10 @@ def _marked(tokenizer: Any, dialogue: Messages, template: str | None) -> list[tu
     """Where the template's generation blocks stand in the text of a dialogue."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _, (spans,) = render_jinja_template(
+    found: Any = render_jinja_template(
         [dialogue], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
     )
-    return spans
+    return found[1][0]
 
 
 def _tokenize(tokenizer: Any, entries: Sequence[_Texts]) -> Iterator[tuple[list[int], list[bool]]]:
@@ -220,9 +220,12 @@ def _tokenize(tokenizer: Any, entries: Sequence[_Texts]) -> Iterator[tuple[list[
     found = _encodings(tokenizer, texts, return_offsets_mapping=offsets)
     at = 0
     for entry in entries:
-        for n in range(at, at + 1 + len(entry.wholes)):
-            with_mask = n > at and entry.spans is not None
-            yield found["input_ids"][n], _covered(found["offset_mapping"][n], entry.spans) if with_mask else []
+        yield found["input_ids"][at], []
+        for n in range(at + 1, at + 1 + len(entry.wholes)):
+            yield (
+                found["input_ids"][n],
+                [] if entry.spans is None else _covered(found["offset_mapping"][n], entry.spans),
+            )
         at += 1 + len(entry.wholes)
 
 

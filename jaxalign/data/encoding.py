@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.chat import Encoded, encode
-from jaxalign.data.formats import FORMATS, Example, RowError, convert, read_number
+from jaxalign.data.formats import FORMATS, LABELLED, Example, RowError, convert, read_number
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Task:
     @property
     def values(self) -> list[str]:
         """What each column of an example's values is."""
-        names = ["label"] * (self.kind == "labelled") + ["margin"] * self.margin
+        names = ["label"] * (self.kind in LABELLED) + ["margin"] * self.margin
         return names + ["scores"] * len(self.score_columns) + ["weight"] * (self.weight_column is not None)
 
 
@@ -94,7 +94,7 @@ def encode_lines(lines: Sequence[bytes], first_row: int, task: Task, tokenizer: 
             drop(number, error)
             continue
         for side, example in enumerate(found):
-            label = [float(bool(example.label))] if task.kind == "labelled" else []
+            label = [float(bool(example.label))] if task.kind in LABELLED else []
             # A pair that became two examples: all that are chosen come before all that are rejected.
             examples.append((number, side if example.label is False else 0, example, label + values))
     encoded = encode(

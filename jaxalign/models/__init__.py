@@ -23,6 +23,7 @@ __all__ = [
     "Weight",
     "abstract",
     "apply",
+    "as_used",
     "config_from_hf",
     "config_to_hf",
     "declare",
@@ -105,6 +106,19 @@ def apply(
         {"params": params}, tokens_RT, positions_RT, segment_ids_RT, prefix_ids_RT, cache, dropout_keys_R
     )
     return out
+
+
+def as_used(cfg: ModelConfig, params: Params) -> Params:
+    """Every weight in the dtype that the forward pass casts it to anyway, so that no number changes; norms keep float32.
+
+    Quantised weights stay as they are.
+    """
+
+    def cast(path: Any, leaf: Any) -> Any:
+        is_kept = isinstance(leaf, quantize.Quantized) or path[-1].key == "scale"
+        return leaf if is_kept else leaf.astype(cfg.compute_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda x: isinstance(x, quantize.Quantized))
 
 
 def head_table(cfg: ModelConfig, params: Params) -> jax.Array:

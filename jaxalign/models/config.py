@@ -33,8 +33,8 @@ class ModelConfig:
     attention_bias is the bias of q, k and v, attention_out_bias that of o_proj. sliding_windows has one entry a layer:
     the number of last tokens (own one included) it attends to, or None. dtype is the source checkpoint's. num_labels
     above 0 means a score head in place of the language-model head; `labels` are the names of its outputs (id2label; ()
-    where they have none) and `reward_weights` what their weighted sum, the reward, takes each by (() is their mean). The
-    last three say how the model is run and are never written to a config.json; `attention` is judged by
+    where they have none) and `reward_weights` what each counts in their weighted sum, the reward (() means their mean).
+    The last three say how the model is run and are never written to a config.json; `attention` is judged by
     `attention.choose`.
     """
 

@@ -35,7 +35,7 @@ from jaxalign.objectives.batches import WIDTHS, Batch
 from jaxalign.objectives.pairwise import Pairwise, pairwise
 from jaxalign.objectives.reward import Attributes, Reward, make_reward, score
 from jaxalign.objectives.sft import Sft
-from jaxalign.objectives.unpaired import Unpaired, make_unpaired
+from jaxalign.objectives.unpaired import Unpaired, make_unpaired, unpaired_kind
 
 __all__ = [
     "LOSSES", "WIDTHS", "Attributes", "Batch", "Loss", "Pairwise", "Reward", "Sft", "Unpaired", "check_names",
@@ -82,12 +82,10 @@ LOSSES: dict[str, Loss] = {
     },
     **{name: Loss("chats", _summary(function), Sft, {}) for name, function in losses.TOKEN_LOSSES.items()},
     **{
-        name: Loss("labelled", _summary(function), make_unpaired, _options(function), needs_reference=True)
+        name: Loss(unpaired_kind(name), _summary(function), make_unpaired, _options(function), needs_reference=True)
         for name, function in losses.UNPAIRED.items()
     },
-    "reward": Loss(
-        "pairs", _summary(losses.bradley_terry), make_reward, _options(losses.bradley_terry), head="score"
-    ),
+    "reward": Loss("pairs", _summary(losses.bradley_terry), make_reward, _options(losses.bradley_terry), head="score"),
     "attributes": Loss("scored", _summary(losses.attributes), make_reward, {"reward_weights": None}, head="score"),
 }
 """Every loss by name. Those of pairs and triples may be summed; in a sum, `sft` is the NLL of the chosen responses."""

@@ -18,7 +18,7 @@ from jaxalign.metrics import Mean, Metrics
 
 Batch = Mapping[str, Any]
 
-WIDTHS = {"pairs": 2, "labelled": 2, "chats": 1, "triples": 3, "scored": 1}
+WIDTHS = {"pairs": 2, "labelled": 2, "singles": 1, "chats": 1, "triples": 3, "scored": 1}
 """Kinds of examples, and the sequences that one of them has."""
 
 TOKEN_STATISTICS = ("logps", "entropy", "mean_logit", "correct")

@@ -43,7 +43,6 @@ class Unpaired:
     loss: str
     options: tuple[tuple[str, Any], ...] = ()
 
-    kind: ClassVar[str] = "labelled"
     head: ClassVar[str] = "lm"
     needs_reference: ClassVar[bool] = True
     shares_prompt: ClassVar[bool] = True
@@ -51,12 +50,17 @@ class Unpaired:
     @property
     def needs_mismatched(self) -> bool:
         """Whether an example has a second sequence, the mismatched one."""
-        return "kl" in self._parameters
+        return self.kind == "labelled"
+
+    @property
+    def kind(self) -> str:
+        """What an example is, see `unpaired_kind`."""
+        return unpaired_kind(self.loss)
 
     @property
     def width(self) -> int:
         """Sequences of an example."""
-        return 2 if self.needs_mismatched else 1
+        return batches.WIDTHS[self.kind]
 
     @property
     def couples(self) -> bool:
@@ -252,6 +256,11 @@ class Unpaired:
 
     def _call(self, logps: Any, ref_logps: Any, label: Any, point: Mapping[str, Any]) -> losses.UnpairedLosses:
         return self._function(logps, ref_logps, label, **point, **dict(self.options))
+
+
+def unpaired_kind(loss: str) -> str:
+    """What an example of a loss is: `labelled` where there is a mismatched sequence, else `singles`."""
+    return "labelled" if "kl" in inspect.signature(losses.UNPAIRED[loss]).parameters else "singles"
 
 
 def make_unpaired(cfg: ModelConfig, loss: str, **options: Any) -> Unpaired:

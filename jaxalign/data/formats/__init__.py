@@ -8,13 +8,14 @@ from typing import Any
 
 from jaxalign.data.formats.example import Example, Messages, RowError, read_number
 from jaxalign.data.formats.hh import hh, is_transcript
-from jaxalign.data.formats.kinds import KINDS, TRAIN_ON, convert
+from jaxalign.data.formats.kinds import KINDS, LABELLED, TRAIN_ON, convert
 from jaxalign.data.formats.pairs import extract_prompt, pairs, triples
 from jaxalign.data.formats.singles import alpaca, dolly, gsm8k, messages, prompt_completion, text
 
 __all__ = [
     "FORMATS",
     "KINDS",
+    "LABELLED",
     "TRAIN_ON",
     "Example",
     "Messages",
@@ -57,7 +58,7 @@ def detect(row: Any, kind: str = "pairs") -> str | None:
     two_sided, single = _two_sided(row, kind), _single(row)
     if kind in ("pairs", "triples"):
         return two_sided
-    if kind == "labelled" and "label" not in row:
+    if kind in LABELLED and "label" not in row:
         return two_sided or single
     return single or two_sided
 

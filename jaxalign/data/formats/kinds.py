@@ -4,10 +4,13 @@ from dataclasses import replace
 
 from jaxalign.data.formats.example import Example, RowError
 
-KINDS = {"pairs": 2, "labelled": 2, "chats": 1, "triples": 3, "scored": 1}
+KINDS = {"pairs": 2, "labelled": 2, "singles": 1, "chats": 1, "triples": 3, "scored": 1}
 """Kind -> width, the token sequences of an example: prompt + chosen and prompt + rejected; prompt + completion and
-prompt + a completion that belongs to another prompt; a conversation or text; prompt + chosen, rejected and reference;
-prompt + completion."""
+prompt + a completion that belongs to another prompt; the first of these alone; a conversation or text; prompt + chosen,
+rejected and reference; prompt + completion."""
+
+LABELLED = ("labelled", "singles")
+"""Kinds whose completions have a label, desirable or not."""
 
 TRAIN_ON = ("assistant", "last", "all")
 """What is scored of `chats`: all turns of the assistant, the last one, or every token."""
@@ -16,7 +19,7 @@ TRAIN_ON = ("assistant", "last", "all")
 def convert(example: Example, kind: str) -> list[Example]:
     """The examples of a kind that an example of any kind gives.
 
-    A pair as `labelled` gives two: its chosen side, then its rejected one. As `chats` a pair gives its chosen side.
+    A pair gives two of LABELLED: its chosen side, then its rejected one. As `chats` a pair gives its chosen side.
     Raises RowError if there is no sensible way.
     """
     if kind == "chats":
@@ -26,11 +29,12 @@ def convert(example: Example, kind: str) -> list[Example]:
     if not example.prompt:
         raise RowError("no prompt", f"the row is plain text, and {kind} need an answer to something")
     found = len(example.responses)
-    if kind == "labelled" and found > 1:
-        return [Example(example.prompt, (example.responses[at],), label=at == 0) for at in range(2)]
-    if kind == "labelled" and example.label is None:
+    if kind in LABELLED and found > 1:
+        alone = [example.responses[at : at + 1] for at in range(2)]
+        return [Example(example.prompt, response, label=at == 0) for at, response in enumerate(alone)]
+    if kind in LABELLED and example.label is None:
         raise RowError("no label column", "labelled data needs label: true or false")
-    needed = 1 if kind == "labelled" else KINDS[kind]
+    needed = 1 if kind in LABELLED else KINDS[kind]
     if found < needed or (needed == 1 and found > 1):
         raise RowError("wrong number of responses", f"the row has {found}, {kind} need {needed}")
     return [replace(example, responses=example.responses[:needed], conversation=False)]

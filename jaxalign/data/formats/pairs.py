@@ -36,15 +36,17 @@ def read_sides(row: Mapping[str, Any], names: Sequence[str]) -> Example:
     sides = [read_side(row, name) for name in names]
     prompt = read_side(row, "prompt") if "prompt" in row else None
     _check_differ(sides)
-    if all(isinstance(side, str) for side in sides):
+    texts = [side for side in sides if isinstance(side, str)]
+    if len(texts) == len(sides):
         if prompt is None:
-            prompt = read_side(row, "prompt") if len(sides) == 1 else _common_prompt(sides)
-            sides = [side[len(prompt) :] for side in sides]
+            prompt = read_side(row, "prompt") if len(texts) == 1 else _common_prompt(texts)
+            texts = [text[len(prompt) :] for text in texts]
             if not prompt:
                 raise RowError("no common prompt", "the responses do not begin alike, and there is no prompt column")
-        return text_example(prompt, dict(zip(names, sides, strict=True)))
-    if all(isinstance(side, list) for side in sides):
-        shared, rests = _split_messages(prompt, sides)
+        return text_example(prompt, dict(zip(names, texts, strict=True)))
+    dialogues = [side for side in sides if isinstance(side, list)]
+    if len(dialogues) == len(sides):
+        shared, rests = _split_messages(prompt, dialogues)
         _check_differ(rests)
         return chat_example(shared, dict(zip(names, rests, strict=True)), conversation="prompt" not in row)
     found = " and ".join(kind_of_value(side) for side in sides)

@@ -65,7 +65,7 @@ def _added(config: ConfigDict) -> dict[str, Any]:
 
 
 def load_data(config: ConfigDict, dropped_path: PathLike | None, dataset: Any = None, eval_dataset: Any = None) -> Data:
-    """Tokenized training and evaluation pairs; rows that can't be used are listed in `dropped_path` (or in the cache).
+    """Tokenized examples of training and evaluation; rows that can't be used are in `dropped_path` (or in the cache).
 
     Args:
       dataset, eval_dataset: rows in place of data.path and data.eval.path.
@@ -87,11 +87,18 @@ def load_data(config: ConfigDict, dropped_path: PathLike | None, dataset: Any = 
         kind=config_lib.kind(config),
         train_on=config.data.train_on,
         score_columns=tuple(config.data.score_columns),
-        weight_column=None if user_code.is_function(config.data.weight) else config.data.weight,
     )
+    weight = None if user_code.is_function(config.data.weight) else config.data.weight
     source = config.data.path if dataset is None else dataset
     split = config.data.split if dataset is None else None
-    train = prepare(source, split=split, name=config.data.name, limit=config.data.max_rows, dropped_path=dropped_path)
+    train = prepare(
+        source,
+        split=split,
+        name=config.data.name,
+        limit=config.data.max_rows,
+        dropped_path=dropped_path,
+        weight_column=weight,
+    )
     held_out = None
     eval_path, eval_split = config.data.eval.path, config.data.eval.split
     if eval_dataset is not None:
@@ -342,11 +349,12 @@ class Run(Programs):
         """The policy's first weights in float32, until `new_state` or `release` gives them up; under LoRA adapters."""
         if self.frozen is None:
             return self._model()
-        if self.config.lora.path is not None:
-            return self._first_adapter
+        if (first := self._first_adapter) is not None:
+            return first
+        assert self.base is not None
         init = functools.partial(lora.init, self.cfg, spec=self.frozen.spec)
         key = jax.random.key(self.config.seed)
-        return jax.jit(init, out_shardings=self._shardings)(key, base=None if self.base is None else self.base.base)
+        return jax.jit(init, out_shardings=self._shardings)(key, base=self.base.base)
 
     def _model(self, keep: Any = None) -> models.Params:
         """The weights at model.path, or random ones, in float32; or what `keep` makes of each."""
@@ -488,7 +496,7 @@ class Run(Programs):
         """Of the policy as it begins."""
         if self.frozen is None:
             return self._base_identity
-        adapter = self.config.lora.path and hf.fingerprint(self.config.lora.path)
+        adapter = self.config.lora.path and peft_files.fingerprint(self.config.lora.path)
         what = [self._base_identity, self.config.model.quantize, adapter]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
@@ -509,7 +517,9 @@ class Run(Programs):
         return hashlib.sha256(json.dumps(random, sort_keys=True).encode()).hexdigest()
 
     def eval_batches(self, state: step_lib.TrainState, *, untrained: bool = False) -> Iterator[dict[str, jax.Array]]:
-        """The fixed evaluation pairs on the mesh, with ref_logps if the loss needs them. After `score_reference`.
+        """The fixed evaluation examples on the mesh, each with the same weight, with ref_logps if the loss needs them.
+
+        To be called after `score_reference`.
 
         Where the policy is `untrained` and so still the reference that has scored them, its log-probs come with them.
         """
@@ -525,7 +535,7 @@ class Run(Programs):
         rows = self._rows_of(batches.n_rows)
         for n in range(len(batches)):
             self.on_progress(f"batch {n} of {len(batches)} of an evaluation")
-            batch = batches[n]
+            batch = {name: leaf for name, leaf in batches[n].items() if name != "weight"}
             if not self.objective.needs_reference:
                 yield reference.place(self.mesh, batch)
             elif self.sync is None:

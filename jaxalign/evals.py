@@ -131,7 +131,7 @@ SUMMARIES: dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, float]]] = {
 
 def names(objective: Any) -> list[str]:
     """The names of the metrics that `summarize` gives, but for a mean of what only some losses log."""
-    numbers = collections.defaultdict(lambda: np.arange(1.0, 3.0))
+    numbers: Mapping[str, np.ndarray] = collections.defaultdict(lambda: np.arange(1.0, 3.0))
     return ["eval_loss", *SUMMARIES[form(objective)](numbers), "eval_examples"]
 
 

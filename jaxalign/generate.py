@@ -1,6 +1,7 @@
 """Completions of prompts, or a chat: `python -m jaxalign.generate --model=PATH --prompt="Why is the sky blue?"`.
 
     --model=PATH          Hugging Face folder, .gguf file, hub id, package:NAME, or the folder of a run (with --step)
+    --adapter=FOLDER      PEFT adapters that are merged into --model
     --prompt=TEXT         one prompt; --prompts=FILE.jsonl takes rows {"prompt": text or chat messages}; neither: a chat
     --out=FILE.jsonl      the rows again, each with its completion
 

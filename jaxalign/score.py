@@ -212,9 +212,7 @@ def _run(values: flags.FlagValues) -> None:
     weights = None if values.weights is None else [float(weight) for weight in values.weights]
     rows = sources.read_rows(values.data)
     n_devices = jax.device_count()
-    mesh = None
-    if n_devices > 1:
-        mesh = sharding.make_mesh(data=-1, tensor=values.tensor)
+    mesh = None if n_devices == values.tensor == 1 else sharding.make_mesh(data=-1, tensor=values.tensor)
     model = generate.load(values.model, values.step, mesh, head="score")
     _say(f"{values.model} on {n_devices} devices; rows are cut to {values.max_length} tokens")
     began = said = time.monotonic()

@@ -43,6 +43,8 @@ SHAPES: dict[str, dict[str, int]] = {
                     num_key_value_heads=3, vocab_size=49152),
     "small": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4,
                   num_key_value_heads=2, vocab_size=49152),
+    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, vocab_size=49152),
 }  # fmt: skip
 
 

@@ -57,6 +57,11 @@ def nll(before: Values, after: Values) -> dict[str, float]:
     return _ratio(before["nll"], after["nll"], after["tokens"])
 
 
+def row_nll(before: Values, after: Values) -> dict[str, float]:
+    """Nats a token of the whole chosen rows, over all pairs."""
+    return _ratio(before["nll/rows"], after["nll/rows"], after["rows_tokens"])
+
+
 def gold_nll(before: Values, after: Values) -> dict[str, float]:
     """Nats a token of the gold responses, over all triples."""
     return _ratio(before["nll/gold"], after["nll/gold"], after["gold_tokens"])
@@ -86,8 +91,9 @@ MEASURES = {
     "labelled": ("reward margin", labelled_margins, +1),
     "chats": ("nats a token", nll, -1),
     "scored": ("squared error", squared_error, -1),
+    "orpo": ("nats a token of the chosen conversation", row_nll, -1),
 }
-"""Kind of data -> what is measured, how, and where it should move."""
+"""Kind of data, or loss -> what is measured, how, and where it should move."""
 
 
 # ---- one run
@@ -112,7 +118,8 @@ def measure(name: str, seed: int) -> dict[str, Any]:
         began = time.perf_counter()
         train.run(config)
         seconds = time.perf_counter() - began
-    what, how, sign = MEASURES[objectives.kind_of(config.loss.name)]
+    loss = config.loss.name
+    what, how, sign = MEASURES[loss if loss in MEASURES else objectives.kind_of(loss)]
     found = {key: round(value, 4) for key, value in how(seen[0], seen[-1]).items()}
     rows = len(next(iter(seen[-1].values())))
     times = {"seconds": round(seconds), "cpu_seconds": round(time.process_time())}

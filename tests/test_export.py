@@ -190,7 +190,7 @@ def test_a_merged_export_adds_the_adapters_to_the_weights_that_the_base_has_on_d
         np.testing.assert_allclose(exported[name], want, atol=1e-6)
 
 
-def test_an_adapter_export_beside_its_base_answers_as_the_merged_one(lora_run, tmp_path):
+def test_an_adapter_export_beside_its_base_answers_as_the_merged_one(lora_run, tmp_path, capsys):
     target = export.export(lora_run, tmp_path / "adapter", adapter=True)
     assert (target / "adapter_config.json").exists() and not (target / "model.safetensors").exists()
     merged = generate.load(str(lora_run))
@@ -199,12 +199,36 @@ def test_an_adapter_export_beside_its_base_answers_as_the_merged_one(lora_run, t
     for ours, theirs in zip(jax.tree.leaves(beside.params), jax.tree.leaves(merged.params), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
     assert beside.tokenizer.get_vocab() == merged.tokenizer.get_vocab() and "? " in beside.tokenizer.get_vocab()
+    flags = ("--prompt=1 + 1 ?", "--raw", "--max_new_tokens=4")
+    generate.main(["generate", f"--model={policy('llama')}", f"--adapter={target}", *flags])
+    generate.main(["generate", f"--model={lora_run / 'export'}", *flags])
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first == second
     again = export.export(lora_run, target, adapter=True)  # in place of the earlier one
     assert again == target
     with pytest.raises(ValueError, match="was trained beside another base"):
         generate.load(str(policy("llama").parent / "ref"), adapter=str(target))
     with pytest.raises(ValueError, match="goes with the model that it was trained beside, and .* is a run"):
         generate.load(str(lora_run), adapter=str(target))
+
+
+@pytest.mark.slow
+def test_two_processes_write_merged_weights_and_adapters_together(lora_run, tmp_path):
+    program = """
+mesh = sharding.make_mesh(fsdp=4, tensor=2)
+with sharding.use_mesh(mesh):
+    export.export(sys.argv[1], f"{sys.argv[2]}/merged", mesh=mesh)
+    export.export(sys.argv[1], f"{sys.argv[2]}/adapter", adapter=True, mesh=mesh)
+"""
+    two_processes(program, tmp_path, lora_run, tmp_path / "two")
+    for name, adapter in (("merged", False), ("adapter", True)):
+        one = export.export(lora_run, tmp_path / "one" / name, adapter=adapter)
+        two = tmp_path / "two" / name
+        assert sorted(file.name for file in two.iterdir()) == sorted(file.name for file in one.iterdir())
+        weights = "adapter_model.safetensors" if adapter else "model.safetensors"
+        found = load_file(two / weights)
+        for key, want in load_file(one / weights).items():
+            np.testing.assert_allclose(found[key], want, atol=1e-6, err_msg=key)
 
 
 def test_a_run_of_adapters_is_evaluated_beside_its_base(lora_run):

@@ -107,7 +107,7 @@ def test_what_changes_the_references_numbers_misses_the_cache_and_nothing_else_d
         {"model__random": {**runs.MODEL, "rope_theta": 500.0}},
         {"reference__path": str(cached[0] / "export")},
         {"data__max_rows": 20},
-        {"data__chat_template": TEMPLATE},
+        {"tokenizer__chat_template": TEMPLATE},
         {"max_length": 40},
         {"model__compute_dtype": "bfloat16"},
     ):

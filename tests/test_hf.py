@@ -823,7 +823,7 @@ def smollm2():
 
 def test_smollm2s_config_is_the_golden_one(smollm2):
     golden, cfg, _ = smollm2
-    written = hf.config_to_hf(cfg)
+    written = models.config_to_hf(cfg)
     assert {name: written[name] for name in golden["config"]} == golden["config"]
 
 

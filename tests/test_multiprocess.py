@@ -17,13 +17,13 @@ from jaxalign import config as config_lib
 
 PROGRAM = """
 import os, sys
-from jaxalign.data import batching
+from jaxalign.data import packing
 
-make_batch, seen = batching.make_batch, []
-def counted(prepared, pairs, length, rows=None, **options):
-    seen.append((2 * len(pairs), sorted(map(int, rows))))
-    return make_batch(prepared, pairs, length, rows, **options)
-batching.make_batch = counted
+fill, seen = packing.fill, []
+def counted(prepared, layout, rows=None, **options):
+    seen.append((len(layout.examples), sorted(map(int, rows))))
+    return fill(prepared, layout, rows, **options)
+packing.fill = counted
 from jaxalign import train
 try:
     train.main()
@@ -102,8 +102,9 @@ def test_several_processes_equal_one_and_feed_only_their_own_rows(tmp_path, no_p
         {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2},
         {"mesh__data": 1, "mesh__tensor": 8, "model__random": {**runs.MODEL, "num_attention_heads": 8}},  # rows twice
         {"mesh__fsdp": 2, "gradient_accumulation_steps": 2, "reference__sync_every": 2},
+        {"mesh__fsdp": 2, "data__packing": "shared", "data__buckets": None, "reference__mode": "cached"},
     ],
-    ids=["fsdp 4 x tensor 2", "tensor 8", "accumulation and a moving reference"],
+    ids=["fsdp 4 x tensor 2", "tensor 8", "accumulation and a moving reference", "packed"],
 )
 def test_two_processes_equal_one_on_other_meshes(tmp_path, no_picture, changes):
     settings = {"epochs": None, "steps": 3, "eval__batch_size": 4, **changes}

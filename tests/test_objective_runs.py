@@ -1,4 +1,6 @@
-"""Whole tiny runs of losses without a reference, and of one that looks at the whole batch."""
+"""Whole tiny runs: of every family of losses, without a reference, and of losses that look at the whole batch."""
+
+import json
 
 import numpy as np
 import pytest
@@ -89,3 +91,39 @@ def test_a_loss_of_the_whole_batch_is_the_same_split_or_not_and_resumes(tmp_path
     runs.run(tmp_path / "parts", **{**split, "steps": 2})
     runs.run(tmp_path / "parts", **split)
     assert runs.leaves(tmp_path / "parts") == runs.leaves(tmp_path / "split")
+
+
+def weighted_rows(folder):
+    """The rows of a quick run with a third response and weights."""
+    for name, n, start in (("train", 24, 0), ("eval", 9, 100)):
+        rows = [
+            {**row, "reference": row["chosen"] + " Sure.", "weight": 0.5 + i % 3}
+            for i, row in enumerate(runs.rows(n, start))
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"data__path": str(folder / "train.jsonl"), "data__eval__path": str(folder / "eval.jsonl")}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sft", {}),
+        *(
+            pytest.param(name, {"loss__beta": beta}, marks=pytest.mark.slow)
+            for name, beta in (("tpo", 0.1), ("kto", 0.5), ("bco", 0.5), ("aot_unpaired", 0.5), ("orpo", 0.1))
+        ),
+        pytest.param("dft", {"data__train_on": "all"}, marks=pytest.mark.slow),
+        pytest.param("reward", {"samples__prompts": 0}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_of_weighted_examples_learns_and_is_the_same_packed(name, options, tmp_path):
+    settings = {"loss__name": name, "data__weight": "weight", **SHORT, **options, **weighted_rows(tmp_path)}
+    whole = runs.run(tmp_path / "whole", **settings)
+    assert whole.metrics["eval_loss"] < whole.metrics["before_eval_loss"]
+    runs.run(tmp_path / "packed", **settings, data__packing="on", data__buckets=())
+    ours, others = (runs.lines(tmp_path / folder) for folder in ("packed", "whole"))
+    assert len(ours) == len(others) == 6
+    for line, other in zip(ours, others, strict=True):
+        for key in ("loss", "grad_norm", "eval_loss"):
+            assert (key in line) == (key in other)
+            np.testing.assert_allclose(line.get(key, 0), other.get(key, 0), rtol=1e-3, err_msg=key)

@@ -168,14 +168,20 @@ PACKED = (
 )
 
 
-@pytest.mark.parametrize(("terms", "options"), PACKED, ids=[str(terms) for terms, _ in PACKED])
-@pytest.mark.parametrize("shared", [False, True], ids=["packed", "prompts_once"])
+@pytest.mark.parametrize(
+    ("terms", "options", "shared"),
+    [
+        pytest.param(*case, shared, marks=[pytest.mark.slow] if case[0] == "tpo_l" and shared else [])
+        for shared in (False, True)
+        for case in PACKED
+        if not (shared and case[0] == "orpo")  # its prompts are scored
+    ],
+    ids=str,
+)
 def test_packed_rows_give_the_loss_and_gradients_of_unpacked_ones(terms, options, shared, monkeypatch):
     cfg, params = model("llama")
     objective = objectives.make(cfg, terms, **options)
-    if shared and not objective.shares_prompt:
-        assert terms == "orpo"
-        return
+    assert objective.shares_prompt == (terms != "orpo")
     name = "tpo_sigmoid" if objective.kind == "triples" else "dpo_sigmoid"
     batch = padded(pair_batch(case("llama", name)[1], objective.width))
     batch = scored("llama", batch) if objective.needs_reference else batch

@@ -136,6 +136,19 @@ def test_a_split_of_weighted_examples_changes_nothing(loss, monkeypatch):
         assert_same(loss_and_gradient(objective, whole, gradient_accumulation_steps=2), want)
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", {"sigmoid": 1.0, "orpo": 0.5}], ids=str)
+def test_known_log_probs_of_responses_take_the_models_place_unless_prompts_count(loss, monkeypatch):
+    formula(monkeypatch)
+    objective = make(loss)
+    batch = batch_of(examples_of(loss, 2), range(len(TIMES)))
+    params = parameters()
+    want = objective.examples(params, None, batch)
+    batch["logps"] = np.asarray(log_probs(params["kernel"], batch))
+    got = objective.examples(params if loss != "sigmoid" else {}, None, batch)
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-6, err_msg=name)
+
+
 def test_every_kind_of_example_is_there():
     assert {LOSSES[name].kind for name in LOSSES} == set(WIDTHS)
 

@@ -54,7 +54,7 @@ def render(
     if template is None:
         raise ValueError(
             "the tokenizer has no chat template, so chat messages cannot be turned into text: use an instruct model, "
-            "give data.chat_template, or use data whose prompt, chosen and rejected are text"
+            "give tokenizer.chat_template, or use data whose prompt, chosen and rejected are text"
         )
     try:
         return tokenizer.apply_chat_template(

@@ -109,21 +109,23 @@ class Pairwise(batches.Stateless):
         policy = sequences["policy_chosen"], sequences["policy_rejected"]
         slopes, pair_losses = jax.grad(total, has_aux=True)(policy)
         slopes = [slope / batches.denominator(weights) for slope in slopes]
-        nothing = [jnp.zeros_like(pair_losses)] * self.width
-        rows = lambda sides: batches.by_row(jnp.stack([*sides, *nothing][: self.width], axis=1), batch)  # noqa: E731
-        return {"coupled_loss": rows([pair_losses]), "coupled_slope": rows(slopes)}
+
+        def rows(*sides: jax.Array) -> jax.Array:
+            others = (0, self.width - len(sides))
+            return batches.by_row(jnp.pad(jnp.stack(sides, axis=1), ((0, 0), others)), batch)
+
+        return {"coupled_loss": rows(pair_losses), "coupled_slope": rows(*slopes)}
 
     def examples(self, params: models.Params, frozen: lora.Frozen | None, batch: Batch) -> dict[str, jax.Array]:
         """Per example, [E] float32: `loss` (without an NLL), rewards/* and logps/* as the loss has them, tokens, NLLs.
 
         `nll/chosen` (`chosen_tokens`), `nll/rejected` and, of triples, `nll/gold` are sums over a response, `nll/rows`
         over the whole chosen row. With a reference there are ref_logps/*, too, and where the batch has weights
-        `weight`. `valid` (bool) is False for fillers. Where the policy's log-probs are known they come with the
-        batch: `logps`.
+        `weight`. `valid` (bool) is False for fillers. Where the policy's log-probs of the responses are known they come
+        with the batch: `logps`.
         """
         want = self._statistics(("logps",))
-        is_known = "logps" in batch and want == ("logps",)
-        if is_known:
+        if "logps" in batch and want == ("logps",) and self.shares_prompt:
             return self._examples({"logps": batch["logps"]}, batch)
         return self._examples(self._score(batches.weights_of(params, frozen), batch, want), batch)
 

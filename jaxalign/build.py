@@ -342,6 +342,12 @@ class Run(Programs):
         self.slots_of = source.slots_of
         super().__init__(config, mesh, cfg, ref_cfg, steps=config.steps or source.steps(config.epochs))
         self.begins_at_reference = ref_path is None and self.objective.needs_reference
+        if self.frozen is not None and config.tokenizer.add_tokens:
+            if "embed_tokens" not in self.frozen.spec.modules_to_save:
+                log.warning(
+                    "tokenizer.add_tokens: embed_tokens is not in lora.modules_to_save, so the rows of new tokens stay "
+                    "the mean of the others"
+                )
         self._score_pairs = config.batch_size // config.gradient_accumulation_steps
 
     @functools.cached_property

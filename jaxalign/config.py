@@ -74,6 +74,9 @@ def load(source: str, overrides: Sequence[str] = (), arg: str | None = None) -> 
     flat = _flatten(given)
     if is_function(flat.get("data.weight")):
         flat["data.weight"] = beside(flat["data.weight"], Path(source.partition(".py:")[0]).parent)
+    template = flat.get("tokenizer.chat_template")
+    if isinstance(template, str) and "{" not in template and Path(template).expanduser().is_file():
+        flat["tokenizer.chat_template"] = Path(template).expanduser().read_text()  # so that the run's config has it
     for text in overrides:
         name, equals, value = text.removeprefix("config.").partition("=")
         if not equals:

@@ -201,12 +201,14 @@ def load(
         raise ValueError(f"--step={step} is for the folder of a run; {path!r} holds neither checkpoints/ nor export/")
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     cfg = dataclasses.replace(hf.read_config(path), compute_dtype=dtype)
+    if adapter is not None and head == "score":
+        cfg = dataclasses.replace(cfg, num_labels=peft_files.rows_of(adapter, "score") or cfg.num_labels)
     if head == "score" and not cfg.num_labels:
         raise ValueError(f"{path} is a language model; a reward model (...ForSequenceClassification) is expected here")
     has_tokenizer = adapter is not None and (paths.at(adapter) / "tokenizer_config.json").exists()
     tokenizer = hf.load_tokenizer(adapter if adapter is not None and has_tokenizer else path)
     if adapter is not None:
-        rows = peft_files.vocab_size(adapter) or max(tokenizer.get_vocab().values()) + 1
+        rows = peft_files.rows_of(adapter, "embed_tokens", "lm_head") or max(tokenizer.get_vocab().values()) + 1
         cfg = dataclasses.replace(cfg, vocab_size=max(cfg.vocab_size, rows))
     shardings = None if mesh is None else sharding.param_shardings(mesh, models.declare(cfg))
     cfg, params = hf.load(path, cfg, dtype=dtype, shardings=shardings, head=head)

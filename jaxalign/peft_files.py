@@ -152,11 +152,11 @@ def load(
     return spec, lora.nest(leaves)
 
 
-def vocab_size(folder: PathLike) -> int | None:
-    """The rows of the embedding or head that an adapter has whole, maybe more than its base's; None without these."""
+def rows_of(folder: PathLike, *modules: str) -> int:
+    """The rows of what an adapter has whole of some modules, maybe more than its base's; 0 without these."""
     tensors = safetensors_file.read_header(inside(_at(folder), WEIGHTS))
-    rows = [one.shape[0] for name, one in tensors.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
-    return max(rows, default=None)
+    endings = tuple(f".{module}.weight" for module in modules)
+    return max((one.shape[0] for name, one in tensors.items() if name.endswith(endings)), default=0)
 
 
 def save(

@@ -2,8 +2,8 @@
 
 A kernel [.., in, out] is cut along `in` into blocks of (at most) 64 weights. Each block keeps its largest absolute
 value as a bfloat16 scale and its weights as codes: multiples of scale / 127, or the nearest of NF4's 16 values, two of
-them to a byte. A table [V, D] keeps a scale a row and 8 bits a weight, under nf4 too: rows are looked up, and the head
-is the last thing that a quantised model's error should come from.
+them to a byte. A table [V, D] is cut along its rows and keeps 8 bits a weight, under nf4 too: rows are looked up, and
+the head is the last thing that a quantised model's error should come from.
 
 Two codes to a byte and not `jnp.uint4`, of which some backends keep one to a byte: what is counted is what is there. A
 block's codes lie together in its shard, so that a kernel that is split over devices is decoded where it lies.
@@ -36,7 +36,7 @@ class Quantized:
     Attributes:
       codes: int8 of the weight's shape; or uint8 [.., in / 2, out], in each block the codes of its first half in the
         low four bits.
-      scales: bfloat16 [.., in / block, out]; of a table [V, 1].
+      scales: bfloat16 [.., in / block, out]; of a table [V, D / block].
       kind: "int8" or "nf4".
     """
 
@@ -76,11 +76,9 @@ def quantize(weight: jax.Array, kind: str) -> Quantized:
 
 
 def quantize_table(table_VD: jax.Array) -> Quantized:
-    """A table in 8 bits, with a scale a row."""
-    rows = table_VD.astype(jnp.float32)
-    scales = (jnp.abs(rows).max(axis=-1, keepdims=True) / 127).astype(jnp.bfloat16)
-    codes = jnp.round(jnp.clip(rows / _safe(scales), -127, 127)).astype(jnp.int8)
-    return Quantized(codes, scales, "int8")
+    """A table in 8 bits, in blocks of a row."""
+    turned = quantize(table_VD.T, "int8")
+    return Quantized(turned.codes.T, turned.scales.T, "int8")
 
 
 def _safe(scales: jax.Array) -> jax.Array:
@@ -93,7 +91,7 @@ def dequantize(weight: Quantized, dtype: Any) -> jax.Array:
     *outer, n_in, n_out = weight.shape
     scales = weight.scales.astype(jnp.float32)
     if scales.shape[-1] != n_out:  # a table's
-        return (weight.codes * scales).astype(dtype)
+        return rows(weight.codes, scales, dtype)
     n_blocks = scales.shape[-2]
     codes = weight.codes.reshape(*outer, n_blocks, -1, n_out)
     if weight.kind == "nf4":
@@ -101,6 +99,12 @@ def dequantize(weight: Quantized, dtype: Any) -> jax.Array:
     else:
         units = codes.astype(jnp.float32) / 127
     return (units * scales[..., None, :]).astype(dtype).reshape(weight.shape)
+
+
+def rows(codes_VD: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
+    """Some rows of a table from their codes [.., D] and scales [.., D / block]."""
+    blocks = codes_VD.reshape(*scales.shape, -1).astype(jnp.float32) / 127
+    return (blocks * scales[..., None].astype(jnp.float32)).astype(dtype).reshape(codes_VD.shape)
 
 
 def _values(codes: jax.Array) -> jax.Array:

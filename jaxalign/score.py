@@ -1,6 +1,7 @@
 """Rows scored by a reward model: `python -m jaxalign.score --model=PATH --data=rows.jsonl --out=scored.jsonl`.
 
     --model=PATH       a Hugging Face folder of a ...ForSequenceClassification, a hub id, or the folder of a run
+    --adapter=FOLDER   PEFT adapters of a reward model that are merged into --model, which may be a language model
     --data=FILE        rows (jsonl, json, parquet, csv) with prompt and response (or completion), as text or as chat
                        messages; or with messages, a whole chat; or with chosen and rejected, beside a prompt or not
     --out=FILE.jsonl   the rows again, each with its score (of a pair score_chosen and score_rejected); else on stdout
@@ -168,6 +169,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text, number = flags.DEFINE_string, flags.DEFINE_integer
     text("model", None, "Hugging Face folder, hub id, package:NAME, or the folder of a run.", values)
     text("step", None, "Of a run: last (the default), best, or a step's number.", values)
+    text("adapter", None, "PEFT folder with adapters for --model.", values)
     text("data", None, "File with the rows (jsonl, json, parquet, csv).", values)
     text("out", None, "File for the rows with their scores; else they go to stdout.", values)
     text("column", "score", "Name of the new column.", values)
@@ -213,7 +215,7 @@ def _run(values: flags.FlagValues) -> None:
     rows = sources.read_rows(values.data)
     n_devices = jax.device_count()
     mesh = None if n_devices == values.tensor == 1 else sharding.make_mesh(data=-1, tensor=values.tensor)
-    model = generate.load(values.model, values.step, mesh, head="score")
+    model = generate.load(values.model, values.step, mesh, head="score", adapter=values.adapter)
     _say(f"{values.model} on {n_devices} devices; rows are cut to {values.max_length} tokens")
     began = said = time.monotonic()
     file = None if values.out is None else open(Path(values.out).expanduser(), "w", encoding="utf-8")

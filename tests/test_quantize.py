@@ -56,6 +56,16 @@ def test_each_weight_becomes_the_nearest_value_of_its_block(kind, n_in):
     np.testing.assert_allclose(got, nearest.reshape(w.shape), rtol=1e-6, atol=1e-9)
 
 
+def test_a_table_is_cut_along_its_rows():
+    table = weight(5, 128)
+    stored = quantize.quantize_table(jnp.asarray(table))
+    assert (stored.codes.shape, stored.scales.shape, stored.shape) == ((5, 128), (5, 2), (5, 128))
+    got = np.asarray(quantize.dequantize(stored, jnp.float32))
+    limits = np.abs(table.reshape(5, 2, 64)).max(-1).repeat(64, axis=1) * 0.007  # half a step, and the scale's rounding
+    assert np.all(np.abs(got - table) <= limits)
+    np.testing.assert_array_equal(quantize.rows(stored.codes[1:3], stored.scales[1:3], jnp.float32), got[1:3])
+
+
 def test_two_codes_of_nf4_stand_in_a_byte():
     stored = quantize.quantize(jnp.asarray(weight(3, 128, 8)), "nf4")
     assert (stored.codes.shape, stored.codes.dtype) == ((3, 64, 8), jnp.uint8) and stored.shape == (3, 128, 8)

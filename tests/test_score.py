@@ -1,6 +1,7 @@
 """Reward models score rows as transformers would: the head's output at the last token, whatever batch a row is in."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import runs
 from common import GOLDEN, case, policy
 
-from jaxalign import generate, hf, metrics, models, score, sharding
+from jaxalign import export, generate, hf, metrics, models, score, sharding
 from jaxalign.data import chat
 
 REWARD = GOLDEN / "models" / "llama" / "reward"
@@ -227,8 +228,10 @@ def test_a_run_of_adapters_and_its_export_score_alike(tmp_path, monkeypatch):
     of_export = generate.load(str(run / "export"), head="score")
     assert of_run.cfg.num_labels == 1 and of_export.tokenizer.pad_token_id == of_export.cfg.pad_token_id == 0
     rows = runs.rows(6)
-    ours, theirs = (list(score.score(one.cfg, one.params, one.tokenizer, rows)) for one in (of_run, of_export))
-    for name in ("score_chosen", "score_rejected"):
+    adapter = export.export(run, tmp_path / "adapter", adapter=True)
+    beside = generate.load(str(policy("llama")), head="score", adapter=str(adapter))
+    ours, *others = (list(score.score(m.cfg, m.params, m.tokenizer, rows)) for m in (of_run, of_export, beside))
+    for theirs, name in itertools.product(others, ("score_chosen", "score_rejected")):
         np.testing.assert_allclose([row[name] for row in ours], [row[name] for row in theirs], atol=1e-5)
     untrained = hf.load(policy("llama"), head="score")
     first = list(score.score(*untrained, of_run.tokenizer, rows))

@@ -256,7 +256,7 @@ def look_up(table: Any, tokens_RT: jax.Array, dtype: Any) -> jax.Array:
     if not isinstance(table, quantize.Quantized):
         return lookup(table, tokens_RT, dtype)
     codes, scales = (lookup(x, tokens_RT, jnp.float32) for x in (table.codes, table.scales))
-    return (codes * scales).astype(dtype)
+    return quantize.rows(codes, scales, dtype)
 
 
 def _windows(cfg: ModelConfig) -> tuple[int | None, ...]:

@@ -41,8 +41,8 @@ KEYS: tuple[Key, ...] = (
     Key("steps", None, int | None, "Optimizer updates to make; give either steps or epochs.", range="[1, inf)"),
     Key("epochs", None, float | None, "Passes over the training data; a fraction is allowed.", range="(0, inf)"),
     Key("seed", 0, int, "Seed of the order of the data, of sampling and of random weights.", range="[0, 2147483647]"),
-    Key("batch_size", 64, int, "Examples (pairs, or rows for losses without pairs) per update, over all devices and all "
-        "accumulation steps.", range="[1, inf)"),
+    Key("batch_size", 64, int, "Examples (pairs, or rows for losses without pairs) per update, over all devices and "
+        "all accumulation steps.", range="[1, inf)"),
     Key("gradient_accumulation_steps", 1, int, "Micro-batches that one update is split into; must divide batch_size. "
         "Changes memory, not the result.", range="[1, inf)"),
     Key("max_length", 1024, int, "Tokens of prompt + response that a row may have at most.", range="[2, inf)"),
@@ -95,15 +95,15 @@ KEYS: tuple[Key, ...] = (
     Key("data.split", None, str | None, "Split of a data set that has several. None: train."),
     Key("data.name", None, str | None, "Configuration (subset) of a hub data set."),
     Key("data.format", "auto", str, "How a row is read; auto: by its columns."),
-    Key("data.train_on", "assistant", str, "sft, dft: score all turns of the assistant, the last one, or all tokens.",
+    Key("data.train_on", "assistant", str, "sft, dft: score all turns of the assistant, its last, or all tokens.",
         choices=("assistant", "last", "all")),
-    Key("data.weight", None, str | None, "Weight of each example: a column, or FILE.function(rows, step) -> floats beside "
-        "the config. None: 1 each."),
+    Key("data.weight", None, str | None, "Weight of each example: a column, or FILE.function(rows, step) -> floats "
+        "beside the config. None: 1 each."),
     Key("data.score_columns", (), tuple[str, ...], "attributes: the columns of the scores, one for each head."),
-    Key("data.packing", "off", str, "Put several examples into a row. on: each sequence apart; shared: the prompt of an "
-        "example's sequences stands once (attention by XLA).", choices=("off", "on", "shared")),
-    Key("data.packed_length", None, int | None, "Tokens of a packed row. None: as many as the longest example needs, at "
-        "least max_length.", range="[2, inf)"),
+    Key("data.packing", "off", str, "Put several examples into a row. on: each sequence apart; shared: the prompt of "
+        "an example's sequences stands once (attention by XLA).", choices=("off", "on", "shared")),
+    Key("data.packed_length", None, int | None, "Tokens of a packed row. None: as many as the longest example needs, "
+        "at least max_length.", range="[2, inf)"),
     Key("data.on_long", "truncate", str, "Rows above max_length: truncate (keeps the response's beginning) or drop.",
         choices=("truncate", "drop")),
     Key("data.max_prompt_length", None, int | None, "Rows with a longer prompt are dropped; a prompt is never cut.",
@@ -134,13 +134,14 @@ KEYS: tuple[Key, ...] = (
     Key("mesh.sequence", 1, int, "Devices along the sequence axis: a row's tokens are split.", range="[-1, inf)"),
 
     Key("loss.name", "sigmoid", str, "The objective, or a sum such as sigmoid+sft. Pairs against a reference: sigmoid "
-        "(DPO), hinge, ipo, robust, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, "
-        "aot, aot_unpaired; without one: orpo, simpo, cpo, cpo_hinge, cpo_ipo, and with a third response tpo, tpo_hinge, "
-        "tpo_ipo. Labelled responses: kto, apo_zero_unpaired, bco. Chats and texts: sft, dft. Reward models: reward "
-        "(pairs), attributes (scores)."),
+        "(DPO), hinge, ipo, robust, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair, sppo_hard, apo_zero, "
+        "apo_down, aot, aot_unpaired; without one: orpo, simpo, cpo, cpo_hinge, cpo_ipo, and with a third response "
+        "tpo, tpo_hinge, tpo_ipo, tpo_l. Labelled responses: kto, apo_zero_unpaired, bco. Chats and texts: sft, dft. "
+        "Reward models: reward (pairs), attributes (scores)."),
     Key("loss.weights", (), tuple[float, ...], "Weights of the terms of a sum, in its order; (): 1 each."),
     Key("loss.beta", None, float | None, "Strength of the pull towards the reference (ipo: its tau; simpo, cpo: scale "
-        "of the rewards; orpo: weight beside the NLL). None: the loss's own (simpo 2, others 0.1).", range="(0, inf)"),
+        "of the rewards; orpo: weight beside the NLL). None: the loss's own (simpo, tpo_l 2, tpo 0.01, others 0.1).",
+        range="(0, inf)"),
     Key("loss.label_smoothing", None, float | None, "Probability that a label is swapped (sigmoid: conservative DPO; "
         "robust, exo_pair: their epsilon). None: the loss's own (exo_pair 0.001, others 0).", range="[0, 0.5)"),
     Key("loss.length_normalize", True, bool, "ipo: compare averages over tokens instead of sums."),

@@ -20,8 +20,8 @@ class NonFinite(RuntimeError):
 def report(run: Any, state: Any, n: int, values: dict[str, float], folder: epath.Path) -> NonFinite:
     """Writes `<folder>/nonfinite/step_<n>.json` about the batch of step n, and returns the error to raise.
 
-    The report holds the loss, rewards and log-probs of each example with its row number and text, and the gradient's norm
-    in each weight, for stacked ones in each layer: computed anew from the state before the step, which is unchanged.
+    The report holds the loss, rewards and log-probs of each example with its row number and text, and the gradient's
+    norm in each weight, for stacked ones in each layer: computed anew from the state before the step, unchanged.
 
     Args:
       run: the `build.Run`.

@@ -122,7 +122,6 @@ SUMMARIES: dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, float]]] = {
     "triples": _pairs,
     "labelled": _labelled,
     "singles": _labelled,
-    "singles": _labelled,
     "chats": _chats,
     "reward": _reward,
     "scored": _scored,

@@ -71,15 +71,15 @@ def _merge(name: str, a: Mean | Min | Max, b: Mean | Min | Max) -> Mean | Min | 
 
 
 def reduce(metrics: Metrics) -> dict[str, float]:
-    """Python floats, fetched from the devices in one go; a mean of no weight is NaN."""
+    """Python floats, fetched from the devices in one go; a mean of no weight (a label that no row has) is left out."""
     fetched = jax.device_get(metrics)
-    return {name: _reduce(name, metric) for name, metric in fetched.items()}
+    there = {name: x for name, x in fetched.items() if not isinstance(x, Mean) or float(x.weight)}
+    return {name: _reduce(name, metric) for name, metric in there.items()}
 
 
 def _reduce(name: str, metric: Mean | Min | Max) -> float:
     if isinstance(metric, Mean):
-        weight = float(metric.weight)
-        return float(metric.sum) / weight if weight else math.nan
+        return float(metric.sum) / float(metric.weight)
     if isinstance(metric, Min | Max):
         return float(metric.value)
     raise TypeError(f"metric {name!r} is a {type(metric).__name__}, expected Mean, Min or Max")
@@ -503,7 +503,8 @@ def forward_flops(cfg: "ModelConfig", positions: np.ndarray, scored_tokens: int)
     keys = cfg.num_key_value_heads * cfg.head_dim
     layer = cfg.hidden_size * (2 * queries + 2 * keys + 3 * cfg.intermediate_size)
     weights = 2.0 * layer * cfg.num_hidden_layers * visible.size
-    sums = {window: int((visible if window is None else np.minimum(visible, window)).sum()) for window in set(cfg.sliding_windows)}
+    largest = visible.max(initial=1)
+    sums = {window: int(np.minimum(visible, window or largest).sum()) for window in set(cfg.sliding_windows)}
     pairs = sum(sums[window] for window in cfg.sliding_windows)
     attention = 4.0 * queries * pairs
     head = 2.0 * cfg.hidden_size * (cfg.num_labels or cfg.vocab_size) * scored_tokens

@@ -44,8 +44,8 @@ def test_metrics_are_pytrees_that_scan_and_jit_carry():
     assert M.reduce(total) == {"x": 3.0, "min": 1.0, "max": 6.0}
 
 
-def test_a_mean_of_nothing_is_nan():
-    assert math.isnan(M.reduce({"x": Mean(jnp.float32(0), jnp.float32(0))})["x"])
+def test_a_mean_of_nothing_is_left_out():
+    assert M.reduce({"x": Mean(jnp.float32(0), jnp.float32(0)), "y": Mean(1.0, 2.0)}) == {"y": 0.5}
 
 
 # Files

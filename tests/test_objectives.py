@@ -166,12 +166,14 @@ PACKED = (
     ("cpo", {}),
     ("tpo_l", {"tpo_alpha": 0.5}),
 )
+QUICK = (PACKED[0], PACKED[3])
 
 
 @pytest.mark.parametrize(
     ("terms", "options", "shared"),
     [
-        pytest.param(*case, shared, marks=[pytest.mark.slow] if case[0] == "tpo_l" and shared else [])
+        # The model's part is one; test_weights.py has every loss by formula.
+        pytest.param(*case, shared, marks=[] if case in QUICK else [pytest.mark.slow])
         for shared in (False, True)
         for case in PACKED
         if not (shared and case[0] == "orpo")  # its prompts are scored

@@ -107,9 +107,6 @@ class Line:
     def group(self, rows):
         return 1
 
-    def next_aux(self, aux, found):
-        return {}
-
     def denominators(self, rows):
         return {"rows": jnp.float32(rows["x"].shape[0])}
 

@@ -109,9 +109,9 @@ def apply(
 
 
 def as_used(cfg: ModelConfig, params: Params) -> Params:
-    """Every weight in the dtype that the forward pass casts it to anyway, so that no number changes; norms keep float32.
+    """Every weight in the dtype that the forward pass casts it to anyway, so that no number changes.
 
-    Quantised weights stay as they are.
+    Norms are used in float32; quantised weights stay as they are.
     """
 
     def cast(path: Any, leaf: Any) -> Any:

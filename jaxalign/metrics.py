@@ -417,11 +417,13 @@ def mean_se(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 PANELS = (("loss", "Loss"), ("rewards/margins", "Reward margin"), ("rewards/accuracies", "Reward accuracy"),
-          ("grad_norm", "Gradient norm"))  # fmt: skip
+          ("margin", "Margin of scores"), ("accuracy", "Accuracy"), ("kl", "KL from the reference, in nats"),
+          ("mean_token_accuracy", "Accuracy of tokens"), ("grad_norm", "Gradient norm"))  # fmt: skip
+"""Metrics that are drawn, those that a run has, with their titles."""
 
 
 def plot(folder: paths.PathLike, path: paths.PathLike | None = None) -> epath.Path:
-    """Curves of a run's metrics.jsonl as a PNG: loss, margin, accuracy, gradient norm; training and evaluation.
+    """Curves of a run's metrics.jsonl as a PNG: those of PANELS that it has, of training and of evaluation.
 
     Args:
       folder: the run's folder.
@@ -432,6 +434,8 @@ def plot(folder: paths.PathLike, path: paths.PathLike | None = None) -> epath.Pa
     """
     lines = read_metrics(folder)
     panels = [(name, title) for name, title in PANELS if any(name in x or f"eval_{name}" in x for x in lines)]
+    if any("rewards/margins" in x for x in lines):  # then it says less than they do
+        panels = [panel for panel in panels if panel[0] != "mean_token_accuracy"]
     if not panels:
         names = ", ".join(name for name, _ in PANELS)
         raise ValueError(f"{paths.at(folder) / METRICS_FILE} has none of {names}: no curve")
@@ -474,7 +478,7 @@ def _draw(axes: Any, lines: list[dict[str, float]], name: str) -> None:
     steps, values = _series(lines, f"eval_{name}")
     if steps.size:
         axes.plot(steps, values, color="#d1603d", linewidth=1.5, marker="o", markersize=4, label="held out")
-    if name == "rewards/accuracies":
+    if name in ("rewards/accuracies", "accuracy"):
         axes.set_ylim(-0.03, 1.03)
         axes.axhline(0.5, color="#999999", linewidth=0.8, linestyle=":")
 

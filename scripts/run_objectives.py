@@ -2,7 +2,7 @@
 
     python scripts/run_objectives.py                          # what docs/objectives.json lacks
     python scripts/run_objectives.py --only='^(kto|bco)_' --seeds=0,1
-    python scripts/run_objectives.py --render                 # the table, and what the docstrings say
+    python scripts/run_objectives.py --write                  # runs nothing, writes README.md and docstrings
 
 A run is that of `python -m jaxalign.train --config=configs/NAME.py --config.seed=SEED` in a process of its own; export
 and completions, which change no number, are left out. The file is written after each run: the same command goes on
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -185,12 +186,25 @@ def sentence(entry: Mapping[str, Any]) -> str:
     )
 
 
+def write(results: Mapping[str, Any], root: Path = ROOT) -> None:
+    """Puts the table into README.md and into the configs' docstrings what their runs gave."""
+    readme = root / "README.md"
+    block = re.compile(r"(<!-- objectives -->\n).*?(\n<!-- end objectives -->)", re.DOTALL)
+    readme.write_text(block.sub(lambda match: match[1] + render(results) + match[2], readme.read_text()))
+    for name, entry in results.items():
+        file = root / "configs" / f"{name}.py"
+        said = textwrap.fill(sentence(entry), 120, break_on_hyphens=False)
+        file.write_text(
+            re.sub(r"Expected time.*?(?=\n\n|\n\"\"\")", lambda _: said, file.read_text(), count=1, flags=re.DOTALL)
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="regular expression that a config's name is searched for")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--json", type=Path, default=RESULTS, help="the results file")
-    parser.add_argument("--render", action="store_true", help="print the table and stop")
+    parser.add_argument("--write", action="store_true", help="write README.md and the docstrings, and stop")
     parser.add_argument("--worker", nargs=3, metavar=("NAME", "SEED", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
@@ -198,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Path(file).write_text(json.dumps(measure(name, int(seed))))
         return
     results = json.loads(args.json.read_text()) if args.json.exists() else {}
-    wanted = [] if args.render else [name for name in names() if re.search(args.only, name)]
+    wanted = [] if args.write else [name for name in names() if re.search(args.only, name)]
     for name in wanted:
         entry = results.get(name, {})
         if entry.get("settings") != settings(name):
@@ -215,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 entry["seeds"][seed] = json.loads(file.read_text())
             results[name] = entry
             args.json.write_text(json.dumps(results, indent=1) + "\n")
-    print(render(results), *(f"\n{name}: {sentence(entry)}" for name, entry in results.items()), sep="\n")
+    if args.write:
+        write(results)
+    print(render(results))
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_what_a_layer_lacks_gets_no_gradient_and_stays_zero():
         assert not np.any(ours[0][unused]) and not np.any(gradient[0][unused])  # of rank 4 beside one of 6
 
 
-def test_a_cache_and_recomputed_layers_know_adapters():
+def test_a_cache_knows_adapters():
     frozen, adapters = lora.Frozen(tiny(), SPEC), trained(TINY, SPEC)
     tokens, places = rows()["tokens"], rows()["positions"]
     params = lora.attach(frozen, adapters)
@@ -167,10 +167,16 @@ def test_a_cache_and_recomputed_layers_know_adapters():
     ones = jnp.ones_like(tokens)
     cached = jax.jit(lambda p: models.apply(TINY, p, tokens, places, ones, cache=models.init_cache(TINY, 8, 16))[0])
     np.testing.assert_allclose(cached(params), want, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_recomputed_layers_give_the_same_gradients():
+    frozen, adapters = lora.Frozen(tiny(), SPEC), trained(TINY, SPEC)
     recomputed = dataclasses.replace(TINY, remat="full")
+    batch = rows()
 
     def total(cfg, adapters):
-        return logprobs.score(cfg, lora.attach(frozen, adapters), rows())["logps"].sum()
+        return logprobs.score(cfg, lora.attach(frozen, adapters), batch)["logps"].sum()
 
     plain, again = (jax.jit(jax.grad(functools.partial(total, cfg)))(adapters) for cfg in (TINY, recomputed))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), plain, again)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -50,7 +51,8 @@ def test_a_line_begins_with_what_one_looks_for_and_has_trls_names(tmp_path, no_p
     before = runs.lines(folder)[0]
     assert before["eval_loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert before["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
-    assert set(before) == {"step", *evals.names()} and before["eval_pairs"] == 9
+    pairs = SimpleNamespace(kind="pairs", head="lm")
+    assert set(before) == {"step", *evals.names(pairs)} and before["eval_examples"] == 9
 
 
 def test_compiling_evaluating_sampling_and_saving_do_not_count_as_a_steps_time(tmp_path, monkeypatch, no_picture):

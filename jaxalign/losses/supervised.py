@@ -31,7 +31,7 @@ def dft(logps: Array) -> Array:
       [R, T] float32 in nats.
 
     References:
-      Wu et al. 2025, https://arxiv.org/abs/2508.05629, eq. 9.
+      Wu et al. 2025, https://arxiv.org/abs/2508.05629 (DFT).
     """
     logps = jnp.asarray(logps, jnp.float32)
     return -jax.lax.stop_gradient(jnp.exp(logps)) * logps

@@ -9,7 +9,7 @@ learning rate then falls with 1 / sqrt(step), which no schedule here does: it fa
 released model: AlpacaEval 2 length-controlled win rate 14.7 (as measured by SimPO's authors).
 
 Memory by the TPU compiler (libtpu 0.0.42; `python -m jaxalign.preflight --config=configs/orpo_mistral.py
---topology=v5e:4x4 --model_config=configs/shapes/mistral_7b.json`): XX of 16.9 GB of each chip of v5e:4x4.
+--topology=v5e:4x4 --model_config=configs/shapes/mistral_7b.json`): 12.2 of 16.9 GB of each chip of v5e:4x4.
 
 Expected time: not run. Expected numbers: not run.
 """

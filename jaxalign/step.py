@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 
 
 class Objective(Protocol):
-    """What `make_train_step` asks of an objective (see objectives.py)."""
+    """What `make_train_step` asks of an objective (see `objectives`)."""
 
     @property
     def couples(self) -> bool: ...
@@ -71,7 +71,7 @@ def make_train_step(
     it from the metric `halted`; under "skip" the batch is counted in `aux["skipped"]` and passed over.
 
     Args:
-      objective: see objectives.py.
+      objective: see `objectives`.
       tx: the optimizer, without clipping.
       gradient_accumulation_steps: micro-batches a batch is split into, whole examples each.
       max_grad_norm: the gradient is scaled down to this global L2 norm; None leaves it.

@@ -191,7 +191,7 @@ def jaxalign_worker(case: Case, setting: str, steps: int) -> dict[str, Any]:
     cfg = dataclasses.replace(models.config_from_hf(shape.config), compute_dtype="bfloat16", remat=remat)
     schedule = optim.make_schedule("constant", LEARNING_RATE, steps=steps)
     tx = optim.make_optimizer(shape.optimizer, schedule=schedule)
-    objective = objectives.pairwise(cfg, beta=BETA) if case.objective == "dpo" else token_nll(cfg)
+    objective = objectives.pairwise(cfg, beta=BETA) if case.objective == "dpo" else objectives.make(cfg, "sft")
     micro_batches = int(accumulation)
     train_step = jax.jit(
         make_train_step(objective, tx, gradient_accumulation_steps=micro_batches, max_grad_norm=CLIP), donate_argnums=0
@@ -232,33 +232,6 @@ def jaxalign_worker(case: Case, setting: str, steps: int) -> dict[str, Any]:
         "device": device_name(device),
         "versions": versions("jaxalign", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin"),
     }
-
-
-def token_nll(cfg: Any) -> Any:
-    """The mean NLL of all masked tokens as an objective of step.make_train_step (see objectives.py)."""
-    from jaxalign import logprobs
-    from jaxalign.metrics import Mean
-
-    class TokenNLL:
-        couples = False
-
-        def group(self, batch: Any) -> int:
-            return 1
-
-        def next_aux(self, aux: Any, metrics: Any) -> dict[str, Any]:
-            return {}
-
-        def denominators(self, batch: Any) -> dict[str, Any]:
-            return {"tokens": batch["mask"][:, 1:].sum().astype("float32")}
-
-        def __call__(self, params: Any, frozen: Any, batch: Any, aux: Any, key: Any) -> tuple[Any, Any]:
-            stats = logprobs.score(cfg, params, batch, want=("logps", "entropy", "correct"))
-            denominators = batch.get("denominators") or self.denominators(batch)
-            count = batch["mask"][:, 1:].sum().astype("float32")
-            metrics = {name: Mean(stats[name].sum(), count) for name in ("entropy", "correct")}
-            return -stats["logps"].sum() / denominators["tokens"], metrics
-
-    return TokenNLL()
 
 
 def trl_worker(case: Case, setting: str, steps: int) -> dict[str, Any]:

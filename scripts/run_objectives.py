@@ -194,9 +194,10 @@ def write(results: Mapping[str, Any], root: Path = ROOT) -> None:
     for name, entry in results.items():
         file = root / "configs" / f"{name}.py"
         said = textwrap.fill(sentence(entry), 120, break_on_hyphens=False)
-        file.write_text(
-            re.sub(r"Expected time.*?(?=\n\n|\n\"\"\")", lambda _: said, file.read_text(), count=1, flags=re.DOTALL)
+        before, _, after = re.split(
+            r"(Expected time.*?)(?=\n\n|\n\"\"\")", file.read_text(), maxsplit=1, flags=re.DOTALL
         )
+        file.write_text(before + said + after)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,8 @@
 """Tests run on eight pretended CPU devices (`pytest -m gpu`: on the GPUs that are there) and never on the network."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,6 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         flags = ("--xla_force_host_platform_device_count=8", *PRETENDED)
         os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
+
+
+@pytest.fixture(autouse=True)
+def _loud() -> Iterator[None]:
+    """A command that a test has called in this process has said what it logs; the next test is to hear all."""
+    yield
+    logging.getLogger("jaxalign").setLevel(logging.NOTSET)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

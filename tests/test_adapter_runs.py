@@ -69,6 +69,7 @@ def test_a_run_trains_adapters_alone_and_goes_on_beside_its_own_base_only(base, 
         runs.run(tmp_path / "parts", **{**lora, "steps": 6})
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_with_an_adapter_is_measured_against_it(base, tmp_path):
     lora = {**LORA, "model__path": str(base / "0"), "lora__dropout": None}
     first = runs.run(tmp_path / "first", **{**lora, "steps": 2})

@@ -224,7 +224,7 @@ def test_the_key_reaches_the_model_and_no_config_json_or_reference(tmp_path):
     auto = dataclasses.replace(cfg, attention="auto")
     assert cfg.attention == "splash" and models.config_to_hf(cfg) == models.config_to_hf(auto)
     assert models.declare(cfg) == models.declare(auto)  # whatever the devices are
-    prepared = types.SimpleNamespace(fingerprint="f", meta={"max_length": 8})
+    prepared = types.SimpleNamespace(kind="pairs", fingerprint="f", meta={"max_length": 8})
     files = {reference.cache_file(tmp_path, model="m", prepared=prepared, cfg=c) for c in (cfg, auto)}
     assert len(files) == 1
     choices = config_lib.BY_NAME["model.attention"].choices
@@ -282,7 +282,7 @@ def test_time_is_exchanged_for_heads_and_never_gathered(interpreted, name):
         def attend(weights, x):
             x = decoder._activation(x)
             module = decoder.Attention(dataclasses.replace(cfg, attention=name))
-            out, _ = module.apply({"params": weights}, x, rope, seen, None, 0, None, window)
+            out, _ = module.apply({"params": weights}, x, rope, seen, None, 0, None, window, None)
             return decoder._activation(out)
 
         text = jax.jit(attend).lower(weights, x).compile().as_text()

@@ -152,8 +152,8 @@ def test_the_error_over_seeds_does_not_hide_that_the_rows_are_the_same():
 
 
 def test_written_documents_show_the_results(tmp_path):
-    run = {"metric": "reward margin", "sign": 1, "before": 0.0, "after": 1.0, "change": 1.0, "change_se": 0.1, "rows": 9,
-           "cpu_seconds": 7}  # fmt: skip
+    run = {"metric": "reward margin", "sign": 1, "before": 0.0, "after": 1.0, "change": 1.0, "change_se": 0.1,
+           "rows": 9, "cpu_seconds": 7}  # fmt: skip
     results = {"dpo_smollm2": {"settings": {}, "seeds": {"0": run, "1": run, "2": run}}}
     (tmp_path / "configs").mkdir()
     (tmp_path / "README.md").write_text("Text.\n\n<!-- objectives -->\nold\n<!-- end objectives -->\n\nMore.\n")

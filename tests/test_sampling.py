@@ -237,7 +237,7 @@ def test_the_program_holds_no_logits_of_whole_prompts():
 
 def test_bfloat16_weights_are_narrowed_once_and_give_the_same_numbers(params):
     cfg = dataclasses.replace(TINY, compute_dtype="bfloat16")
-    view = sampling._decode_view(cfg, params)
+    view = models.as_used(cfg, params)
     assert view["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.bfloat16
     assert view["norm"]["scale"].dtype == jnp.float32
     tokens = jnp.array([PROMPTS[0]])

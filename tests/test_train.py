@@ -14,7 +14,7 @@ import pytest
 import runs
 
 import jaxalign
-from jaxalign import checkpoint, config, evals, metrics, objectives, train
+from jaxalign import checkpoint, config, evals, logprobs, metrics, train
 
 ROOT = Path(__file__).parent.parent
 PLAIN = {"samples__prompts": None, "samples__max_new_tokens": None}
@@ -281,7 +281,7 @@ def test_what_the_untrained_policy_says_is_computed_once(tmp_path, monkeypatch):
     runs.assert_same(*folders)
     runs.run(tmp_path / "shorter", **settings | {"samples__max_new_tokens": 3})
     assert len(calls) == 5
-    monkeypatch.setattr(objectives.logprobs, "score", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(logprobs, "score", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # the first step, not the evaluation before it, scores
         runs.run(tmp_path / "third", **settings)
     assert [row["step"] for row in metrics.read_completions(tmp_path / "third")] == [0, 0]

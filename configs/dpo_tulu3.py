@@ -8,7 +8,7 @@ same recipe expects a first loss of 0.6931 and one below 0.68 at step 150. Not p
 an evaluation set (here: 0.3% of the pairs are held out). Its accumulation and its mesh are ours.
 
 Memory by the TPU compiler (libtpu 0.0.42; `python -m jaxalign.preflight --config=configs/dpo_tulu3.py
---topology=v5p:2x2x2 --model_config=configs/shapes/tulu3_8b.json`): XX of 102.8 GB of each chip of v5p:2x2x2.
+--topology=v5p:2x2x2 --model_config=configs/shapes/tulu3_8b.json`): 27.8 of 102.8 GB of each chip of v5p:2x2x2.
 
 Expected time: not run. Expected numbers: not run.
 """

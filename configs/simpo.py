@@ -19,7 +19,7 @@ present tokenizer puts a second BOS before a rendered chat in some evaluations, 
 
 Memory by the TPU compiler (libtpu 0.0.42; `python -m jaxalign.preflight --config=configs/simpo.py:SETTING
 --topology=v5e:4x4 --model_config=configs/shapes/SHAPE.json`), of 16.9 GB of each chip of v5e:4x4: mistral-base (shape
-mistral_7b) XX GB, mistral-instruct (mistral_7b_v02) XX GB, the others (llama3_8b) XX GB.
+mistral_7b) 12.2 GB, mistral-instruct (mistral_7b_v02) 12.2 GB, the others (llama3_8b) 13.2 GB.
 
 Expected time: not run. Expected numbers: not run.
 """

@@ -154,7 +154,8 @@ KEYS: tuple[Key, ...] = (
     Key("loss.ld_alpha", None, float | None, "Weight, in every log-prob, of tokens beyond the length of the pair's "
         "shorter response (LD-DPO). None: 1.", range="[0, 1]"),
     Key("loss.use_weighting", False, bool, "Weight pairs by how likely the policy is to give their responses (WPO)."),
-    Key("loss.gamma_beta_ratio", 0.5, float, "simpo, tpo_l: target margin over beta, in nats a token.", range="[0, inf)"),
+    Key("loss.gamma_beta_ratio", 0.5, float, "simpo, tpo_l: target margin over beta, in nats a token.",
+        range="[0, inf)"),
     Key("loss.alpha", 0.0, float, "simpo and cpo*: alpha of AlphaPO's reward (1 - p^-alpha) / alpha; 0: log p."),
     Key("loss.cpo_alpha", None, float | None, "simpo and cpo*: weight of the chosen responses' token NLL. None: the "
         "loss's own (simpo 0, others 1).", range="[0, inf)"),

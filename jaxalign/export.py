@@ -21,7 +21,7 @@ import jax
 from absl import app, flags, logging
 from etils import epath
 
-from jaxalign import build, checkpoint, hf, lora, models, paths, peft_files, run_folder, sharding
+from jaxalign import checkpoint, hf, lora, models, paths, peft_files, programs, run_folder, sharding
 from jaxalign import config as config_lib
 from jaxalign.models.config import ModelConfig
 from jaxalign.safetensors_file import Folder
@@ -46,8 +46,8 @@ def _open(folder: paths.PathLike) -> _Run:
     if not checkpoints.is_dir() or not file.exists():
         raise ValueError(f"{where} is not the folder of a run: config.json and checkpoints/ are expected in it")
     config = read_config(file)
-    cfg = build.model_config(config, path=config.model.path)
-    return _Run(checkpoints, config, cfg, build.adapters_of(config, cfg))
+    cfg = programs.model_config(config, path=config.model.path)
+    return _Run(checkpoints, config, cfg, programs.adapters_of(config, cfg))
 
 
 def load_run(
@@ -69,7 +69,7 @@ def load_run(
     else:
         read = _merged(run, _adapters(run, step, place)[0], place)
         params = lora.nest({path: read(path) for path in lora.flat(models.declare(run.cfg))})
-    tokenizer, _ = build.load_tokenizer(run.config)
+    tokenizer, _ = programs.load_tokenizer(run.config)
     return run.cfg, params, tokenizer
 
 
@@ -157,7 +157,7 @@ def export(
         checkpoint.InvalidCheckpoint: its files are damaged.
     """
     opened = _open(run)
-    tokenizer, _ = build.load_tokenizer(opened.config)
+    tokenizer, _ = programs.load_tokenizer(opened.config)
     declared = models.declare(opened.cfg)
     cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     place: Any = cpu if mesh is None else sharding.param_shardings(mesh, declared)

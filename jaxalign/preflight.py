@@ -29,8 +29,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxalign import build, lora, models, paths, sampling, sharding
 from jaxalign import config as config_lib
+from jaxalign import lora, models, paths, programs, sampling, sharding
 from jaxalign.data import packing
 from jaxalign.data.batching import default_buckets
 from jaxalign.data.formats import LABELLED
@@ -89,7 +89,7 @@ class Need:
         return self.arguments + self.temporaries + self.output + self.code + self.besides
 
 
-def preflight(run: build.Programs) -> dict[str, Any]:
+def preflight(run: programs.Programs) -> dict[str, Any]:
     """Compiles the programs of a run and adds up what each device needs. Call under `jax.set_mesh(run.mesh)`.
 
     Returns:
@@ -133,7 +133,7 @@ def preflight(run: build.Programs) -> dict[str, Any]:
     }
 
 
-def jobs(run: build.Programs) -> Iterator[Job]:
+def jobs(run: programs.Programs) -> Iterator[Job]:
     """The programs of a run with all that they are called with, each at its longest rows."""
     config, state, frozen = run.config, run.state, run.frozen
     whole, one, scored = config.batch_size, run.eval_examples, run.objective.needs_reference
@@ -160,7 +160,7 @@ def jobs(run: build.Programs) -> Iterator[Job]:
         yield sampler(run, without_weights)
 
 
-def batch(run: build.Programs, examples: int, *, scored: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+def batch(run: programs.Programs, examples: int, *, scored: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of so many examples at their longest; packed ones fill as many rows as they have tokens for."""
     config, objective = run.config, run.objective
     rows, slots = objective.width * examples, 1
@@ -187,7 +187,7 @@ def batch(run: build.Programs, examples: int, *, scored: bool = False) -> dict[s
     return {name: jax.ShapeDtypeStruct((rows, *rest), dtype, sharding=place) for name, (dtype, rest) in leaves.items()}
 
 
-def sampler(run: build.Programs, besides: Any) -> Job:
+def sampler(run: programs.Programs, besides: Any) -> Job:
     """The program that makes completions of the config's prompts, as long as its data allow (`generate.stream`)."""
     config = run.config
     prompts = config.samples.prompts
@@ -419,7 +419,7 @@ def _constant(computation: Computation, name: str) -> int | None:
 # ---- what to change where it does not fit
 
 
-def settings(run: build.Programs, needs: Sequence[Need], memory: int) -> list[dict[str, Any]]:
+def settings(run: programs.Programs, needs: Sequence[Need], memory: int) -> list[dict[str, Any]]:
     """What to change first: at most two settings that would make the run fit, by a rough estimate; if none would, the
     one that helps most.
 
@@ -546,7 +546,7 @@ def _size(size: float) -> str:
     return f"{size / 1e6:.1f} MB" if size < 1e8 else f"{size / 1e9:.2f} GB" if size < 1e11 else f"{size / 1e9:,.0f} GB"
 
 
-def explain(run: build.Programs, error: BaseException) -> str:
+def explain(run: programs.Programs, error: BaseException) -> str:
     """What to say of a RESOURCE_EXHAUSTED at run time: the table of this run, and a setting to try.
 
     Compiles the run's programs, which are in the compilation cache by then. Call under `jax.set_mesh(run.mesh)`.
@@ -607,14 +607,14 @@ def check_libtpu() -> None:
         raise ValueError(f"libtpu {there} is installed, but {install}")
 
 
-def programs(config: ConfigDict, mesh: jax.sharding.Mesh) -> build.Programs:
+def programs_of(config: ConfigDict, mesh: jax.sharding.Mesh) -> programs.Programs:
     """The programs of a config's run on a mesh, its model's shape read from config.json or GGUF metadata alone."""
     platform = mesh.devices.flat[0].platform
-    cfg = build.model_config(config, path=config.model.path, platform=platform)
-    build.check_model(cfg, config, None)
+    cfg = programs.model_config(config, path=config.model.path, platform=platform)
+    programs.check_model(cfg, config, None)
     ref_path = config.reference.path
-    ref_cfg = cfg if ref_path is None else build.model_config(config, path=ref_path, platform=platform)
-    return build.Programs(config, mesh, cfg, ref_cfg, steps=config.steps or STEPS)
+    ref_cfg = cfg if ref_path is None else programs.model_config(config, path=ref_path, platform=platform)
+    return programs.Programs(config, mesh, cfg, ref_cfg, steps=config.steps or STEPS)
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any]) -> jax.sharding.Mesh:
@@ -646,7 +646,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         mesh = make_mesh(config, devices)
         with sharding.use_mesh(mesh):
-            report = preflight(programs(config, mesh))
+            report = preflight(programs_of(config, mesh))
     except ValueError as error:
         print(f"jaxalign: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -99,14 +99,14 @@ def jaxalign_worker(
     """`shared`: a pair's prompt is computed once (data.prefixes=(128,))."""
     import jax
 
-    from jaxalign import build, hf, objectives, optim, reference
     from jaxalign import config as config_lib
+    from jaxalign import hf, objectives, optim, programs, reference
     from jaxalign.metrics import reduce
     from jaxalign.step import init_state, make_train_step
 
     config = config_lib.base()
     config.model.remat = args.remat
-    cfg = build.model_config(config, path=model)
+    cfg = programs.model_config(config, path=model)
     params = hf.load(model, cfg, dtype="float32")[1]
     ref_params = jax.jit(lambda params: reference.frozen_copy(cfg, params))(params)
     tx = optim.make_optimizer("adamw", schedule=optim.make_schedule("constant", LEARNING_RATE, steps=len(tokens)))

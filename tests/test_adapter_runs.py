@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import runs
 
-from jaxalign import build, export, hf, metrics, models
+from jaxalign import build, export, hf, metrics, models, programs
 from jaxalign import config as config_lib
 
 LORA = {
@@ -35,8 +35,8 @@ def base(tmp_path_factory):
     """A random model's folder, and that of another one."""
     folder = tmp_path_factory.mktemp("base")
     config = config_lib.validate(runs.config(folder / "none"))
-    cfg = dataclasses.replace(build.model_config(config, path=None), attention="xla")
-    tokenizer, _ = build.load_tokenizer(config)
+    cfg = dataclasses.replace(programs.model_config(config, path=None), attention="xla")
+    tokenizer, _ = programs.load_tokenizer(config)
     for seed in (0, 1):
         hf.save(folder / str(seed), cfg, models.init(cfg, jax.random.key(seed)), tokenizer_from=tokenizer)
     return folder

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxalign import build, models, reference, sharding
 from jaxalign import config as config_lib
+from jaxalign import models, programs, reference, sharding
 from jaxalign.models import attention, decoder, embedding, flash
 
 CFG = models.config_from_hf(
@@ -220,7 +220,7 @@ def test_the_key_reaches_the_model_and_no_config_json_or_reference(tmp_path):
     config = config_lib.base()
     config.model.random = {"model_type": "llama"}
     config.model.attention = "splash"
-    cfg = build.model_config(config, path=None, platform="tpu")
+    cfg = programs.model_config(config, path=None, platform="tpu")
     auto = dataclasses.replace(cfg, attention="auto")
     assert cfg.attention == "splash" and models.config_to_hf(cfg) == models.config_to_hf(auto)
     assert models.declare(cfg) == models.declare(auto)  # whatever the devices are

@@ -17,7 +17,7 @@ from common import policy
 from processes import two_processes
 from safetensors.numpy import load_file
 
-from jaxalign import build, checkpoint, evaluate, export, generate, hf, lora, metrics, models
+from jaxalign import checkpoint, evaluate, export, generate, hf, lora, metrics, models, programs
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +161,8 @@ def lora_run(tmp_path_factory):
 def test_a_merged_export_adds_the_adapters_to_the_weights_that_the_base_has_on_disk(lora_run, tmp_path):
     target = export.export(lora_run, tmp_path / "out")
     config = export.read_config(lora_run / "config.json")
-    cfg = build.model_config(config, path=config.model.path)
-    spec = build.adapters_of(config, cfg)
+    cfg = programs.model_config(config, path=config.model.path)
+    spec = programs.adapters_of(config, cfg)
     declared = lora.declare(cfg, spec)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), declared, is_leaf=lambda x: hasattr(x, "axes")

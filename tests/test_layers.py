@@ -17,10 +17,10 @@ LEVELS = {
     "run_folder": 4, "frozen": 4, "peft_files": 4, "step": 4, "objectives": 4, "sampling": 4, "hf_files": 4,
     "hf": 5, "reference": 5,
     "generate": 6, "evals": 6,
-    "build": 7, "diagnose": 7,
-    "export": 8, "preview": 8, "score": 8, "preflight": 8,
-    "train": 9,
-    "evaluate": 10, "doctor": 10, "cli": 10,
+    "programs": 7, "build": 8, "diagnose": 8,
+    "export": 9, "preview": 9, "score": 9, "preflight": 9,
+    "train": 10,
+    "evaluate": 11, "doctor": 11, "cli": 11,
 }  # fmt: skip
 
 HOMES = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import runs
 
-from jaxalign import build, evaluate, metrics, preflight, sharding
+from jaxalign import build, evaluate, metrics, preflight, programs, sharding
 from jaxalign import config as config_lib
 
 SHORT = {
@@ -67,8 +67,8 @@ def test_preflight_has_no_program_for_a_reference_that_is_not_there(tmp_path):
         config = config_lib.validate(runs.config(tmp_path / "run", loss__name=name))
         mesh = sharding.make_mesh(**config.mesh.to_dict())
         with sharding.use_mesh(mesh):
-            cfg = build.model_config(config, path=None)
-            jobs = {job.name: job for job in preflight.jobs(build.Programs(config, mesh, cfg, cfg, steps=2))}
+            cfg = programs.model_config(config, path=None)
+            jobs = {job.name: job for job in preflight.jobs(programs.Programs(config, mesh, cfg, cfg, steps=2))}
             assert ("score" in jobs) == scores
             assert ("ref_logps" in jobs["train step"].arguments[2]) == scores
             assert (jobs["train step"].besides is None) != scores

@@ -34,7 +34,7 @@ def tiny(tmp_path_factory):
     """(run, report) of a quick run over 4 x 2 devices: no data, no weights."""
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     with sharding.use_mesh(mesh):
-        run = preflight.programs(values(tmp_path_factory.mktemp("tiny"), gradient_accumulation_steps=2), mesh)
+        run = preflight.programs_of(values(tmp_path_factory.mktemp("tiny"), gradient_accumulation_steps=2), mesh)
         return run, preflight.preflight(run)
 
 
@@ -88,7 +88,7 @@ def test_a_cached_reference_is_not_alive_in_the_step_and_a_moving_one_is_part_of
     mesh = sharding.make_mesh(fsdp=8)
     with sharding.use_mesh(mesh):
         runs_ = [
-            preflight.programs(values(tmp_path, **changes), mesh)
+            preflight.programs_of(values(tmp_path, **changes), mesh)
             for changes in ({}, {"reference__mode": "cached"}, {"reference__sync_every": 2})
         ]
         besides = [[preflight.device_bytes(job.besides) for job in preflight.jobs(run)] for run in runs_]
@@ -398,7 +398,7 @@ def test_a_hub_models_config_is_fetched_without_its_weights(monkeypatch, tmp_pat
     mesh = sharding.make_mesh(data=8)
     checked = values(tmp_path, model__path="org/name", model__random=None)
     with sharding.use_mesh(mesh):
-        assert preflight.programs(checked, mesh).cfg.hidden_size == 32
+        assert preflight.programs_of(checked, mesh).cfg.hidden_size == 32
     assert "*.json" in asked and not any("safetensors" in pattern for pattern in asked)
 
 

@@ -4,7 +4,7 @@ import jax
 import pytest
 import runs
 
-from jaxalign import build, config, models, sharding, xla_flags
+from jaxalign import config, models, programs, sharding, xla_flags
 
 NAME = "xla_gpu_enable_latency_hiding_scheduler"
 
@@ -40,15 +40,15 @@ def test_a_runs_programs_are_compiled_with_them(program, monkeypatch, tmp_path):
     cfg = models.config_from_hf(runs.MODEL)
     mesh = sharding.make_mesh(data=8)
     with sharding.use_mesh(mesh):
-        programs = build.Programs(values, mesh, cfg, cfg, steps=4)
-        shape = (programs.rows, 48)
+        run = programs.Programs(values, mesh, cfg, cfg, steps=4)
+        shape = (run.rows, 48)
         leaves = {"tokens": "int32", "positions": "int32", "mask": "bool", "ref_logps": "float32"}
         batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in leaves.items()}
         batch["lengths"] = jax.ShapeDtypeStruct(shape[:1], "int32")
         arguments = {
-            "train_step": (programs.state, None, batch),
-            "examples": (programs.state.params, None, batch),
-        }.get(program, (programs.reference, batch))
-        lowered = getattr(programs, program).lower(*arguments)
+            "train_step": (run.state, None, batch),
+            "examples": (run.state.params, None, batch),
+        }.get(program, (run.reference, batch))
+        lowered = getattr(run, program).lower(*arguments)
         with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"):
             lowered.compile()

@@ -8,7 +8,7 @@ eight. It begins with the merged weights of the SFT model; the handbook's begins
 that mixed up base and adapter scored 1.88, 4.4 and 4.6 of MT-Bench's 10: here a wrong base is refused.
 
 Memory by the TPU compiler (libtpu 0.0.42; `python -m jaxalign.preflight --config=configs/dpo_qlora_zephyr.py
---topology=v5e:2x2 --model_config=configs/shapes/mistral_7b.json`): XX of 16.9 GB of each chip of v5e:2x2.
+--topology=v5e:2x2 --model_config=configs/shapes/mistral_7b.json`): 9.3 of 16.9 GB of each chip of v5e:2x2.
 
 Expected time: not run. Expected numbers: not run.
 """

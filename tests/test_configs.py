@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxalign import config
+from jaxalign import config, objectives
 from jaxalign.models import config_from_hf
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +120,10 @@ def test_the_table_of_the_readme_is_that_of_the_results_file():
 
 
 # ---- the script
+
+
+def test_every_kind_of_data_has_a_measure():
+    assert {loss.kind for loss in objectives.LOSSES.values()} <= set(script.MEASURES)
 
 
 def test_a_change_has_the_error_of_a_paired_mean_or_ratio():

@@ -96,9 +96,6 @@ def test_weights_of_a_column_and_of_a_function_that_knows_the_step(tmp_path):
     runs.run(tmp_path / "column", **data, data__weight="quality")
     runs.run(tmp_path / "function", **data, data__weight=f"{tmp_path}/mine.py:weigh")
     assert runs.leaves(tmp_path / "column") == runs.leaves(tmp_path / "function")
-    runs.run(tmp_path / "none", **data)
-    assert runs.leaves(tmp_path / "none") != runs.leaves(tmp_path / "column")
-
     (tmp_path / "mine2.py").write_text("def weigh(rows, step):\n    return [-1.0] * len(rows)\n")
     with pytest.raises(Exception, match="expected as many finite numbers from 0 up"):
         runs.run(tmp_path / "wrong", **data, data__weight=f"{tmp_path}/mine2.py:weigh")

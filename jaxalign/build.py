@@ -32,7 +32,7 @@ class Data:
     Attributes:
       tokenizer: a transformers fast tokenizer, read when it is needed; `tokenizer_path` is where it comes from ("bytes"
         for the built-in one).
-      train, held_out: prepared pairs; held_out is None without evaluation.
+      train, held_out: prepared examples; held_out is None without evaluation.
     """
 
     tokenizer: Any
@@ -253,7 +253,8 @@ class Run(Programs):
         """Scores what is scored once: the training rows for reference.mode=cached, and the evaluation rows."""
         if self.cached_reference:
             lookup = self._cached(self.data.train, self._score_pairs, "training", say)
-            rows = self._rows_of(self.rows)
+            # Which global rows these are says which sequences they hold; packed ones say so themselves.
+            rows = self._rows_of(self.rows) if self.config.data.packing == "off" else None
             examples = self.source
 
             def source(n: int, view: Any = None) -> Any:

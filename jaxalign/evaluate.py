@@ -195,6 +195,7 @@ def _of_model(config: ConfigDict, model: str, reference: str | None) -> ConfigDi
 def _load_rows(config: ConfigDict) -> build.Data:
     """The evaluation rows alone, as training prepares and limits them."""
     config = config.copy_and_resolve_references()
+    config.data.weight = None  # of training
     named = config.data.eval
     if apart := bool(named.path or named.split):
         config.data.path, config.data.split = named.path or config.data.path, named.split or config.data.split

@@ -118,6 +118,11 @@ class Programs:
         self.config, self.mesh, self.cfg, self.ref_cfg, self.steps = config, mesh, cfg, ref_cfg, steps
         self.attention = attention.choose(cfg, mesh)
         self.objective = objective_of(config, cfg)
+        if config.data.packing == "shared" and not self.objective.shares_prompt:
+            raise ValueError(
+                f"data.packing=shared: the loss {config.loss.name!r} scores the prompt too, for which each sequence has "
+                "to hold its own: set it to on"
+            )
         spec = adapters_of(config, cfg)
         self.frozen: lora.Frozen | None = None
         self.rows = self.objective.width * config.batch_size

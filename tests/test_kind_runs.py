@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import runs
 
-from jaxalign import metrics
+from jaxalign import config as config_lib
+from jaxalign import evaluate, metrics
 
 SHORT = {
     "epochs": None,
@@ -96,6 +97,17 @@ def test_weights_of_a_column_and_of_a_function_that_knows_the_step(tmp_path):
     runs.run(tmp_path / "column", **data, data__weight="quality")
     runs.run(tmp_path / "function", **data, data__weight=f"{tmp_path}/mine.py:weigh")
     assert runs.leaves(tmp_path / "column") == runs.leaves(tmp_path / "function")
+    # The weights are training's: other rows need no such column, here nor in `evaluate`.
+    config = config_lib.validate(runs.config(tmp_path / "column", **data, data__weight="quality"))
+    assert len(evaluate._load_rows(config).train) == 9
+
     (tmp_path / "mine2.py").write_text("def weigh(rows, step):\n    return [-1.0] * len(rows)\n")
     with pytest.raises(Exception, match="expected as many finite numbers from 0 up"):
         runs.run(tmp_path / "wrong", **data, data__weight=f"{tmp_path}/mine2.py:weigh")
+
+
+def test_packed_rows_of_a_cached_reference_need_no_batch_that_divides_over_the_devices(tmp_path):
+    how = {"data__packing": "on", "reference__mode": "cached", "batch_size": 3, "data__eval__path": None, **PACKED}
+    quick = {**SHORT, "steps": 1, "eval__every": None}
+    result = runs.run(tmp_path / "run", **quick, **how)
+    assert result.metrics["loss"] == pytest.approx(np.log(2), abs=1e-5)

@@ -74,6 +74,16 @@ def test_preflight_has_no_program_for_a_reference_that_is_not_there(tmp_path):
             assert (jobs["train step"].besides is None) != scores
 
 
+def test_a_prompt_that_is_scored_does_not_stand_once(tmp_path):
+    config = config_lib.validate(
+        runs.config(tmp_path / "run", loss__name="orpo", data__packing="shared", data__buckets=None)
+    )
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    cfg = programs.model_config(config, path=None)
+    with sharding.use_mesh(mesh), pytest.raises(ValueError, match="'orpo' scores the prompt too.*set it to on"):
+        programs.Programs(config, mesh, cfg, cfg, steps=2)
+
+
 @pytest.mark.slow
 def test_a_loss_of_the_whole_batch_is_the_same_split_or_not_and_resumes(tmp_path):
     aot = {"loss__name": "aot+sft", "loss__weights": (1.0, 0.1), "loss__beta": 0.5, **SHORT}

@@ -132,14 +132,6 @@ class Packer:
         )
 
 
-def segment_lengths(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Tokens of each run of tokens that see each other in a host batch: rows, or the segments of packed ones."""
-    if "segment_ids" not in batch:
-        return batch["lengths"].copy()
-    counts = [np.bincount(segments[segments > 0]) for segments in batch["segment_ids"]]
-    return np.concatenate([found[found > 0] for found in counts])
-
-
 def row_multiple(longest: int) -> int:
     """What row lengths are multiples of: 128 from 1,024 tokens on (TPU kernels need it), below that finer."""
     return 128 if longest >= 1024 else 64 if longest >= 256 else 16

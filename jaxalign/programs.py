@@ -120,8 +120,8 @@ class Programs:
         self.objective = objective_of(config, cfg)
         if config.data.packing == "shared" and not self.objective.shares_prompt:
             raise ValueError(
-                f"data.packing=shared: the loss {config.loss.name!r} scores the prompt too, for which each sequence has "
-                "to hold its own: set it to on"
+                f"data.packing=shared: the loss {config.loss.name!r} scores the prompt too, for which each sequence "
+                "has to hold its own: set it to on"
             )
         spec = adapters_of(config, cfg)
         self.frozen: lora.Frozen | None = None

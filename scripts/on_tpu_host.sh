@@ -12,7 +12,8 @@ set -euo pipefail
 umask 077
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-is_running() { [[ -s pid && $(cat status) == running ]] && kill -0 "$(cat pid)" 2>/dev/null; }
+is_alive() { [[ -s pid ]] && kill -0 "$(cat pid)" 2>/dev/null; }
+is_running() { is_alive && [[ $(cat status) == running ]]; }
 
 install() {
     # The VM images have Python 3.10, older than JAX wants: uv brings another one and leaves theirs alone.
@@ -69,7 +70,8 @@ log)
     if is_running; then tail --pid="$(cat pid)" -n "$2" -F log; else tail -n "$2" log; fi
     ;;
 status)
-    if [[ $(cat status) == running ]] && ! is_running; then echo 137 >status; fi # killed, or the VM was started anew
+    # Killed, or the VM was started anew. In this order: a supervisor writes its status before it is gone.
+    if ! is_alive && [[ $(cat status) == running ]]; then echo 137 >status; fi
     cat status
     ;;
 *)

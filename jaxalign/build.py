@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,17 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jaxalign import config as config_lib
-from jaxalign import frozen, hf, lora, models, peft_files, reference, sharding, user_code
+from jaxalign import frozen, hf, lora, models, peft_files, programs, reference, rewards, rollout, sharding, user_code
 from jaxalign import step as step_lib
+from jaxalign.actor import Actor
 from jaxalign.data import batching, sources
 from jaxalign.models.config import ModelConfig
 from jaxalign.paths import PathLike
-from jaxalign.programs import Programs, check_model, load_tokenizer, model_config
+from jaxalign.programs import Programs, check_model, load_tokenizer, model_config, objective_of
 
 log = logging.getLogger(__name__)
+
+COLUMNS_OF = 100  # of so many rows a column that a reward asks for must be in one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +63,9 @@ def load_data(config: ConfigDict, dropped_path: PathLike | None, dataset: Any = 
         sources.prepare,
         tokenizer=tokenizer,
         max_length=config.max_length,
-        max_prompt_length=config.data.max_prompt_length,
+        max_prompt_length=programs.longest_prompt(config),
         format=config.data.format,
+        format_options=config.data.format_options and config.data.format_options.to_dict(),
         on_long=config.data.on_long,
         cache_dir=config.data.cache_dir,
         max_dropped_share=config.data.max_dropped_share,
@@ -111,18 +115,69 @@ def weigher(name: str | None, prepared: sources.Prepared) -> Callable[[np.ndarra
     return weigh
 
 
+def make_actor(
+    config: ConfigDict,
+    cfg: ModelConfig,
+    data: Data,
+    mesh: jax.sharding.Mesh,
+    on_progress: Callable[[str], object],
+) -> Actor:
+    """What samples completions of the run's prompts and rewards them; `on_progress` hears what was finished.
+
+    Raises:
+      ValueError: a reward or the rollout's function can't be loaded, or the rows lack a column that a reward asks for.
+    """
+    r, given = config.rollout, config.rewards
+    longest = max(int(part.prompt_lengths.max()) for part in (data.train, data.held_out) if part is not None)
+    completions = config.batch_size * r.steps_per_generation
+    return Actor(
+        cfg,
+        data.tokenizer,
+        rewards.load(
+            given.functions,
+            given.options and given.options.to_dict(),
+            columns=list(data.train.columns(range(min(len(data.train), COLUMNS_OF)))),
+            tokenizer=data.tokenizer,
+            mesh=mesh,
+            timeout=given.timeout,
+            workers=given.workers,
+            memory_gb=given.memory_gb,
+            max_error_rate=given.max_error_rate,
+        ),
+        limits={
+            "temperature": r.temperature,
+            "top_k": r.top_k,
+            "top_p": r.top_p,
+            "min_p": r.min_p,
+            "repetition_penalty": r.repetition_penalty,
+            "min_new": r.min_new_tokens,
+        },
+        stop=tuple(r.stop),
+        max_length=config.max_length,
+        max_completion_length=r.max_completion_length,
+        min_completion_length=r.min_completion_length,
+        slots=min(r.slots or completions, completions),
+        max_prompt_tokens=longest if r.function is None else config.max_length - 1,
+        function=r.function and user_code.load(r.function),
+        on_progress=on_progress,
+        ends=hf.stop_ids(cfg, data.tokenizer, config.model.path),
+    )
+
+
 class Run(Programs):
     """The pieces of one run on one mesh: its programs, data and weights; call under `jax.set_mesh(mesh)`.
 
     Attributes:
       data: as its name says.
-      source: step -> host batch, with `ref_logps` where the reference is cached.
+      source: step -> host batch, with `ref_logps` where the reference is cached; or (step, whole weights) -> the same.
+      rollouts: the source, where it samples with the policy's weights; else None.
+      examples_per_step: examples of the data that a step uses up.
       begins_at_reference: the policy's first weights are the reference's.
       on_progress: called with what was finished, for a watchdog.
     """
 
     def __init__(self, config: ConfigDict, mesh: jax.sharding.Mesh, data: Data):
-        self.data = data
+        self.config, self.data = config, data
         platform = mesh.devices.flat[0].platform
         cfg = model_config(config, path=config.model.path, platform=platform)
         check_model(cfg, config, data.train.meta["vocab_size"])
@@ -134,17 +189,23 @@ class Run(Programs):
         self._buckets = tuple(config.data.buckets) or None
         self._packing = {"packing": config.data.packing, "packed_length": config.data.packed_length}
         self._rows_of = functools.partial(sharding.process_rows, mesh)
-        source = batching.ExampleSource(
-            data.train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            buckets=self._buckets,
-            prefixes=config.data.prefixes,
+        layout = {
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "buckets": self._buckets,
             **self._packing,
-            row_multiple=sharding.axis_size(sharding.ROWS, mesh) * config.gradient_accumulation_steps,
-            weigh=weigher(config.data.weight, data.train),
-            rows=self._rows_of,
-        )
+            "row_multiple": sharding.axis_size(sharding.ROWS, mesh) * config.gradient_accumulation_steps,
+            "rows": self._rows_of,
+        }
+        self.rollouts: rollout.Rollouts | None = None
+        self.examples_per_step: float = config.batch_size
+        source: Any
+        if config_lib.kind(config) == "prompts":
+            source = self.rollouts = self._rollouts(cfg, mesh, layout)
+            self.examples_per_step = source.prompts_per_step
+        else:
+            weigh = weigher(config.data.weight, data.train)
+            source = batching.ExampleSource(data.train, prefixes=config.data.prefixes, weigh=weigh, **layout)
         self.source: Callable[..., Any] = source
         self.slots_of = source.slots_of
         super().__init__(config, mesh, cfg, ref_cfg, steps=config.steps or source.steps(config.epochs))
@@ -156,6 +217,62 @@ class Run(Programs):
                     "the mean of the others"
                 )
         self._score_pairs = config.batch_size // config.gradient_accumulation_steps
+
+    def _rollouts(self, cfg: ModelConfig, mesh: jax.sharding.Mesh, layout: Mapping[str, Any]) -> rollout.Rollouts:
+        """The source of a policy that writes its own examples."""
+        r, objective = self.config.rollout, objective_of(self.config, cfg)
+        return rollout.Rollouts(
+            self.data.train,
+            make_actor(self.config, cfg, self.data, mesh, lambda what: self.on_progress(what)),
+            num_generations=r.num_generations,
+            steps_per_generation=r.steps_per_generation,
+            num_iterations=r.num_iterations,
+            resample=r.resample,
+            weights=self.config.rewards.weights,
+            scale=self.config.rewards.scale,
+            aggregation=self.config.rewards.aggregation,
+            estimator=objective.estimator,
+            beta=objective.beta if objective.kl_in_reward else 0.0,
+            score=self._score_rollout,
+            scored=programs.scored(self.config, objective),
+            **layout,
+        )
+
+    def _score_rollout(
+        self, sampled: rollout.Rollout, params: models.Params, reference_params: models.Params | None
+    ) -> dict[str, np.ndarray]:
+        """Token log-probs [C, T] of a rollout under the weights that it was sampled with, and under the reference."""
+        assert self.rollouts is not None
+        by: dict[str, Any] = {
+            "old_logps": (self.score_policy, params),
+            "ref_logps": (self.score_once, reference_params),
+        }
+        found = {}
+        for name in self.rollouts.scored:
+            score, weights = by[name]
+            scored = reference.score_all(
+                sampled,  # type: ignore[arg-type]
+                score,
+                weights,
+                mesh=self.mesh,
+                batch_size=self._score_pairs,
+                on_progress=lambda done, total: self.on_progress(f"batch {done} of {total} of a rollout's log-probs"),
+                buckets=self._buckets,
+                **self._packing,
+            )
+            found[name] = np.zeros(sampled.tokens.shape, np.float32)
+            found[name][sampled.inside] = scored.logps
+        return found
+
+    @property
+    def reward_names(self) -> Sequence[str]:
+        """What metrics call the rewards of sampled completions; () where nothing is sampled."""
+        return () if self.rollouts is None else self.rollouts.actor.rewards.names
+
+    def close(self) -> None:
+        """Ends the processes that reward completions."""
+        if self.rollouts is not None:
+            self.rollouts.actor.rewards.close()
 
     @functools.cached_property
     def _initial(self) -> models.Params:
@@ -265,9 +382,9 @@ class Run(Programs):
         if self.data.held_out is not None:
             limit = self.config.eval.max_rows
             held_out = self.data.held_out
-            self._eval_data = held_out if limit is None else held_out.select(np.arange(min(limit, len(held_out))))
-            if self.objective.needs_reference and self.sync is None:
-                self._eval_reference = self._cached(self._eval_data, self.eval_examples, "evaluation", say)
+            self.eval_data = held_out if limit is None else held_out.select(np.arange(min(limit, len(held_out))))
+            if self.objective.needs_reference and self.sync is None and self.rollouts is None:
+                self._eval_reference = self._cached(self.eval_data, self.eval_examples, "evaluation", say)
 
     def reference_file(self, prepared: sources.Prepared) -> epath.Path:
         """Where the reference's log-probs of these pairs are kept: beside the tokenized rows."""
@@ -339,7 +456,7 @@ class Run(Programs):
         """
         is_known = untrained and self.begins_at_reference
         batches = batching.EvalBatches(
-            self._eval_data,
+            self.eval_data,
             batch_size=self.eval_examples,
             buckets=self._buckets,
             **self._packing,

@@ -27,7 +27,8 @@ from jaxalign.user_code import beside, is_function
 
 RESUME_MAY_CHANGE = (
     "workdir", "steps", "epochs", "resume", "compilation_cache", "watchdog_minutes", "log", "eval", "samples",
-    "checkpoint", "mesh", "export", "early_stopping", "data.cache_dir", "data.workers",
+    "checkpoint", "mesh", "export", "early_stopping", "data.cache_dir", "data.workers", "rollout.show_every",
+    "rewards.timeout", "rewards.workers", "rewards.memory_gb", "rewards.max_error_rate",
 )  # fmt: skip
 """Keys, or first parts of keys, that a resumed run may change; any other change needs resume="force"."""
 
@@ -72,8 +73,13 @@ def load(source: str, overrides: Sequence[str] = (), arg: str | None = None) -> 
     given, default_workdir = _read(source, arg)
     problems: dict[str, str] = {}
     flat = _flatten(given)
-    if is_function(flat.get("data.weight")):
-        flat["data.weight"] = beside(flat["data.weight"], Path(source.partition(".py:")[0]).parent)
+    folder = Path(source.partition(".py:")[0]).parent
+    for name in ("data.format", "data.weight", "rollout.function"):
+        if is_function(flat.get(name)):
+            flat[name] = beside(flat[name], folder)
+    if rewards := flat.get("rewards.functions"):
+        names = (rewards,) if isinstance(rewards, str) else rewards
+        flat["rewards.functions"] = tuple(beside(name, folder) if is_function(name) else name for name in names)
     template = flat.get("tokenizer.chat_template")
     if isinstance(template, str) and "{" not in template and Path(template).expanduser().is_file():
         flat["tokenizer.chat_template"] = Path(template).expanduser().read_text()  # so that the run's config has it
@@ -367,8 +373,8 @@ def _contradictions(c: ConfigDict, given: Given) -> Iterator[Problem]:
          f"data.buckets is {buckets}, expected ascending lengths, the last at least max_length = {c.max_length}"),
         (prompt is not None and prompt >= c.max_length, ("data.max_prompt_length", "max_length"),
          f"data.max_prompt_length = {prompt} leaves no response below max_length = {c.max_length}"),
-        (c.data.format not in ("auto", *FORMATS), ("data.format",),
-         f"data.format: got {c.data.format!r}, expected auto or one of {', '.join(FORMATS)}"),
+        (c.data.format not in ("auto", *FORMATS) and not is_function(c.data.format), ("data.format",),
+         f"data.format: got {c.data.format!r}, expected auto, FILE.function or one of {', '.join(FORMATS)}"),
         (bool(c.reference.sync_every) and c.reference.mode == "cached", ("reference.sync_every", "reference.mode"),
          "reference.sync_every moves the reference, but reference.mode=cached scores it once: take live"),
         (bool(warmup) and c.optim.warmup_ratio is not None, ("optim.warmup_steps", "optim.warmup_ratio"),
@@ -385,11 +391,13 @@ def _contradictions(c: ConfigDict, given: Given) -> Iterator[Problem]:
     yield from _batch_contradictions(c, given.n_devices)
     yield from _loss_contradictions(c)
     yield from _lora_contradictions(c)
-    terms = _known_terms(c)[1]
+    kind, terms = _known_terms(c)
+    if kind == "prompts":
+        yield from _rollout_contradictions(c)
     if c.samples.prompts and terms and head(c) == "score":
         text = f"samples.prompts is {c.samples.prompts}, but a reward model ({c.loss.name}) says nothing: set it to 0"
         yield ("samples.prompts", "loss.name"), text
-    yield from _packing_contradictions(c, _known_terms(c)[0])
+    yield from _packing_contradictions(c, kind)
     yield from _best_contradictions(c, given)
     for name, value in _flatten(c).items():
         if isinstance(value, str) and _SECRET.search(value):
@@ -470,7 +478,8 @@ def _loss_contradictions(c: ConfigDict) -> Iterator[Problem]:
 
 def _option_contradictions(c: ConfigDict, terms: Sequence[str]) -> Iterator[Problem]:
     """Options that some of the terms take and that can't stand with the others."""
-    from jaxalign.losses import LOG_PROB_OPTIONS, LOSSES, check_terms
+    from jaxalign.losses import LOG_PROB_OPTIONS, LOSSES, POLICY, check_terms, policy_options
+    from jaxalign.losses.policy import check
 
     pairwise = [term for term in terms if term in LOSSES]
     for option in LOG_PROB_OPTIONS:
@@ -479,6 +488,15 @@ def _option_contradictions(c: ConfigDict, terms: Sequence[str]) -> Iterator[Prob
                 check_terms(pairwise, {option: c.loss[option]})
             except ValueError as error:
                 yield (f"loss.{option}", "loss.name"), f"loss.{error}"
+    of_prompts = [term for term in terms if term in POLICY]
+    if c.loss.beta == 0 and not of_prompts:
+        text = "loss.beta: got 0.0, expected a number in (0, inf); only losses of prompts do without a reference"
+        yield ("loss.beta", "loss.name"), text
+    for term in of_prompts:
+        try:
+            check(term, {**policy_options(term), **loss_arguments(c)[1]})
+        except ValueError as error:
+            yield ("loss.name",), f"loss.{error}"
     if "exo_pair" in terms and c.loss.label_smoothing == 0:
         text = "loss.label_smoothing is 0, but exo_pair divides by it: set a small one, e.g. 0.001"
         yield ("loss.label_smoothing", "loss.name"), text
@@ -513,7 +531,7 @@ def needs_reference(config: ConfigDict) -> bool:
     """Whether the objective compares with a reference model."""
     from jaxalign import objectives
 
-    return objectives.needs_reference(config.loss.name.split("+"))
+    return objectives.needs_reference(config.loss.name.split("+"), config.loss.beta)
 
 
 def _lora_contradictions(c: ConfigDict) -> Iterator[Problem]:
@@ -525,6 +543,45 @@ def _lora_contradictions(c: ConfigDict) -> Iterator[Problem]:
     if c.reference.sync_every:
         text = "reference.sync_every moves the reference's weights, which under LoRA are the frozen ones: set it to 0"
         yield ("reference.sync_every", "lora.rank"), text
+
+
+def _rollout_contradictions(c: ConfigDict) -> Iterator[Problem]:
+    """Of a loss whose examples are completions that the policy samples."""
+    r, weights = c.rollout, c.rewards.weights
+    group, sampled = r.num_generations, c.batch_size * r.steps_per_generation
+    longest, prompt = r.max_completion_length, c.data.max_prompt_length or 1
+    from jaxalign.rewards import name_of
+
+    names = [name_of(name) for name in c.rewards.functions]
+    rules: list[tuple[bool, tuple[str, ...], str]] = [
+        (not names, ("rewards.functions",),
+         f"rewards.functions is missing: what tells good completions from bad ones, for the loss {c.loss.name!r}"),
+        (len(set(names)) != len(names), ("rewards.functions",),
+         f"rewards.functions: two of {', '.join(names)} have one name in the metrics"),
+        (bool(weights) and len(weights) != len(names), ("rewards.weights", "rewards.functions"),
+         f"rewards.weights has {len(weights)} numbers for the {len(names)} rewards.functions"),
+        (sampled % group != 0, ("batch_size", "rollout.steps_per_generation", "rollout.num_generations"),
+         f"batch_size x rollout.steps_per_generation = {sampled} completions are no whole groups of "
+         f"rollout.num_generations = {group}"),
+        (prompt + longest > c.max_length, ("max_length", "rollout.max_completion_length", "data.max_prompt_length"),
+         f"max_length = {c.max_length} (prompt and completion) has no room for {prompt} prompt tokens and "
+         f"rollout.max_completion_length = {longest}"),
+        ((r.min_completion_length or 1) > longest, ("rollout.min_completion_length", "rollout.max_completion_length"),
+         f"rollout.min_completion_length = {r.min_completion_length} is more than max_completion_length = {longest}"),
+        (r.min_new_tokens > longest, ("rollout.min_new_tokens", "rollout.max_completion_length"),
+         f"rollout.min_new_tokens = {r.min_new_tokens} is more than rollout.max_completion_length = {longest}"),
+        (group == 1 and bool(r.resample), ("rollout.resample", "rollout.num_generations"),
+         "rollout.resample replaces groups whose rewards are all alike, as those of one completion always are"),
+        (c.reference.mode == "cached", ("reference.mode",),
+         "reference.mode=cached scores rows that are there before the run; completions are not: take live"),
+        (c.loss.name == "reinforce" and r.steps_per_generation * r.num_iterations > 1,
+         ("loss.name", "rollout.steps_per_generation", "rollout.num_iterations"),
+         "reinforce corrects for no change of the policy since it sampled: make one update a rollout, or take "
+         "reinforce_pp"),
+        (c.data.weight is not None, ("data.weight",),
+         f"data.weight: prompts have no weight in the loss {c.loss.name!r}; weigh by a reward, or repeat rows"),
+    ]  # fmt: skip
+    yield from ((names, text) for wrong, names, text in rules if wrong)
 
 
 def _packing_contradictions(c: ConfigDict, kind: str | None) -> Iterator[Problem]:
@@ -569,6 +626,7 @@ def _best_contradictions(c: ConfigDict, given: Given) -> Iterator[Problem]:
 def _inert(c: ConfigDict, given: Given) -> Iterator[Problem]:
     """Keys away from their default that change nothing, given the others."""
     from jaxalign import objectives
+    from jaxalign.losses import POLICY
 
     kind, terms = _known_terms(c)
     taken = {f"loss.{option}" for term in terms for option in objectives.options_of(term)}
@@ -576,10 +634,15 @@ def _inert(c: ConfigDict, given: Given) -> Iterator[Problem]:
     options = _optimizer_options(c.optim.name)
     of_optimizer = [name for name in _OPTIMIZER_KEYS if options is not None and name.partition(".")[2] not in options]
     no_eval = not _names_eval(c) and not given.eval_dataset
+    of_sampled = ["eval.num_generations", "eval.temperature"]
     rules: list[tuple[bool, Sequence[str], str]] = [
         *((bool(terms), [name], f"loss {c.loss.name!r} doesn't take it, only {_takers(name)}") for name in of_loss),
         (kind not in (None, "chats"), ["data.train_on"], f"loss {c.loss.name!r} scores responses"),
+        (kind not in (None, "prompts"), [*_section("rollout"), *_section("rewards"), *of_sampled],
+         f"loss {c.loss.name!r} learns from the data's responses and samples none"),
+        (kind == "prompts", ["data.on_long", "eval.batch_size"], f"loss {c.loss.name!r} takes prompts, whole ones"),
         (bool(terms) and "attributes" not in terms, ["data.score_columns"], "only the loss attributes learns scores"),
+        (not is_function(c.data.format), ["data.format_options"], f"data.format = {c.data.format!r} is no function"),
         (c.data.packing == "off", ["data.packed_length"], "data.packing is off"),
         (c.data.packing != "off", ["data.buckets"], "packed rows have one length: data.packed_length"),
         (not is_lora(c), [*_section("lora", without="rank"), "model.quantize"], "lora.rank is 0: all is trained"),
@@ -588,6 +651,12 @@ def _inert(c: ConfigDict, given: Given) -> Iterator[Problem]:
         ("loss.f_alpha_divergence_coef" in taken and c.loss.f_divergence_type != "alpha_divergence",
          ["loss.f_alpha_divergence_coef"], f"loss.f_divergence_type is {c.loss.f_divergence_type}"),
         (bool(terms) and not needs_reference(c), _section("reference"), f"loss {c.loss.name!r} has no reference"),
+        (kind == "prompts" and not needs_reference(c), ["loss.use_bias_correction_kl"], "there is no loss.beta"),
+        (kind == "prompts" and not c.loss.importance_sampling_correction,
+         [f"loss.importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max")],
+         "loss.importance_sampling_correction is false"),
+        (kind == "prompts" and any(POLICY[term].estimator != "group" for term in terms),
+         ["rewards.scale", "rewards.aggregation"], f"loss {c.loss.name!r} compares rewards in its own way"),
         ("+" not in c.loss.name, ["loss.weights"], f"loss.name = {c.loss.name!r} has one term"),
         (True, of_optimizer, f"optimizer {c.optim.name!r} doesn't take it"),
         (c.optim.name == "adam", ["optim.weight_decay"], "optimizer 'adam' has no decay; adamw is adam with it"),

@@ -94,7 +94,10 @@ KEYS: tuple[Key, ...] = (
         "too), a folder of a data set, a hub id, or package:NAME/FILE."),
     Key("data.split", None, str | None, "Split of a data set that has several. None: train."),
     Key("data.name", None, str | None, "Configuration (subset) of a hub data set."),
-    Key("data.format", "auto", str, "How a row is read; auto: by its columns."),
+    Key("data.format", "auto", str, "How a row is read; auto: by its columns. Or FILE.function beside the config that "
+        "makes other rows of them first."),
+    Key("data.format_options", None, dict | None, "What such a function, if it is called as Axolotl does, finds in "
+        "cfg['datasets'][0]."),
     Key("data.train_on", "assistant", str, "sft, dft: score all turns of the assistant, its last, or all tokens.",
         choices=("assistant", "last", "all")),
     Key("data.weight", None, str | None, "Weight of each example: a column, or FILE.function(rows, step) -> floats "
@@ -109,7 +112,7 @@ KEYS: tuple[Key, ...] = (
     Key("data.max_prompt_length", None, int | None, "Rows with a longer prompt are dropped; a prompt is never cut.",
         range="[1, inf)"),
     Key("data.max_dropped_share", 0.1, float, "A run that would drop more than this share of its rows refuses to "
-        "start.", range="[0, 1]"),
+        "start; those that the format's function leaves out don't count.", range="[0, 1]"),
     Key("data.prefixes", (), tuple[int, ...], "Prompt tokens that a pair's sides share and that are computed once: of "
         "these lengths the longest that all prompts of a batch reach; (): none. Saves that part of a step; one "
         "compilation each.", range="[1, inf)"),
@@ -137,11 +140,13 @@ KEYS: tuple[Key, ...] = (
         "(DPO), hinge, ipo, robust, sigmoid_norm, exo_pair, discopop, nca_pair, bco_pair, sppo_hard, apo_zero, "
         "apo_down, aot, aot_unpaired; without one: orpo, simpo, cpo, cpo_hinge, cpo_ipo, and with a third response "
         "tpo, tpo_hinge, tpo_ipo, tpo_l. Labelled responses: kto, apo_zero_unpaired, bco. Chats and texts: sft, dft. "
-        "Reward models: reward (pairs), attributes (scores)."),
+        "Reward models: reward (pairs), attributes (scores). Prompts, to which the policy samples completions that "
+        "rewards.* judge: grpo, dr_grpo, dapo, bnpo, cispo, luspo, sapo, vespo, gspo, gmpo, rloo, reinforce, "
+        "reinforce_pp."),
     Key("loss.weights", (), tuple[float, ...], "Weights of the terms of a sum, in its order; (): 1 each."),
     Key("loss.beta", None, float | None, "Strength of the pull towards the reference (ipo: its tau; simpo, cpo: scale "
-        "of the rewards; orpo: weight beside the NLL). None: the loss's own (simpo, tpo_l 2, tpo 0.01, others 0.1).",
-        range="(0, inf)"),
+        "of the rewards; orpo: weight beside the NLL). None: the loss's own (simpo, tpo_l 2, tpo 0.01, rloo 0.05, "
+        "other losses of prompts 0: no reference; the rest 0.1).", range="[0, inf)"),
     Key("loss.label_smoothing", None, float | None, "Probability that a label is swapped (sigmoid: conservative DPO; "
         "robust, exo_pair: their epsilon). None: the loss's own (exo_pair 0.001, others 0).", range="[0, 0.5)"),
     Key("loss.length_normalize", True, bool, "ipo: compare averages over tokens instead of sums."),
@@ -166,6 +171,85 @@ KEYS: tuple[Key, ...] = (
         "holds them around 0.", range="[0, inf)"),
     Key("loss.reward_weights", (), tuple[float, ...], "attributes: what each score counts in the one reward; a harmful "
         "attribute's is negative. (): their mean."),
+    Key("loss.epsilon", None, float | None, "Losses of prompts that clip: how far below 1 (gmpo: e^-epsilon) an "
+        "importance ratio counts. None: the loss's own (gspo 0.0003, gmpo 0.4, others 0.2).", range="(0, inf)"),
+    Key("loss.epsilon_high", None, float | None, "The same above 1; cispo: the largest ratio. None: the loss's own "
+        "(gspo 0.0004, cispo 5, others epsilon).", range="(0, inf)"),
+    Key("loss.delta", None, float | None, "Bound of the ratio where the advantage is negative; more than 1 + "
+        "epsilon_high. None: none.", range="(0, inf)"),
+    Key("loss.importance_sampling_level", None, str | None, "Importance ratios: of each token, or the mean of a "
+        "sequence (sequence_token: with each token's own gradient). None: the loss's own (gspo, luspo sequence, others "
+        "token).",
+        choices=("token", "sequence", "sequence_token")),
+    Key("loss.use_bias_correction_kl", True, bool, "Multiply the KL term by the importance ratio: its gradient is that "
+        "of the KL divergence then."),
+    Key("loss.mask_truncated_completions", False, bool, "Completions without an end count nowhere."),
+    Key("loss.top_entropy_quantile", 1.0, float, "Share of the tokens, those of the highest entropy, that count in the "
+        "loss; costs a forward pass where the batch is split.", range="[0, 1]"),
+    Key("loss.entropy_coef", 0.0, float, "Weight of the mean entropy, which is taken off the loss."),
+    Key("loss.off_policy_mask_threshold", None, float | None, "Completions with a negative advantage whose mean "
+        "log-prob fell by more than this since they were sampled count nothing. None: all count.", range="[0, inf)"),
+    Key("loss.importance_sampling_correction", False, bool, "Correct for a sampler whose log-probs differ from the "
+        "model's (samples from elsewhere; the sampler here is the model)."),
+    Key("loss.importance_sampling_mode", None, str | None, "That ratio: of a token or a sequence, cut to the bounds "
+        "(truncate) or 0 outside of them (mask). None: the loss's own (vespo token_truncate, others sequence_mask).",
+        choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")),
+    Key("loss.importance_sampling_clip_min", None, float | None, "Its lower bound. None: none.", range="[0, inf)"),
+    Key("loss.importance_sampling_clip_max", 3.0, float, "Its upper bound; inf: none.", range="(0, inf]"),
+    Key("loss.sapo_temperature_pos", 1.0, float, "sapo: how sharp its gate is where the advantage is positive.",
+        range="(0, inf)"),
+    Key("loss.sapo_temperature_neg", 1.05, float, "sapo: the same where it is not.", range="(0, inf)"),
+    Key("loss.vespo_k_pos", 2.0, float, "vespo: how fast completions that became unlikely stop to count, where the "
+        "advantage is not negative.", range="(0, inf)"),
+    Key("loss.vespo_lambda_pos", 3.0, float, "vespo: the same for those that became likely.", range="(0, inf)"),
+    Key("loss.vespo_k_neg", 3.0, float, "vespo: vespo_k_pos where the advantage is negative.", range="(0, inf)"),
+    Key("loss.vespo_lambda_neg", 2.0, float, "vespo: vespo_lambda_pos where the advantage is negative.",
+        range="(0, inf)"),
+
+    Key("rollout.num_generations", 8, int, "Completions sampled of each prompt: a group.", range="[1, inf)"),
+    Key("rollout.steps_per_generation", 1, int, "Updates that the completions sampled at once are split into; one "
+        "update sees batch_size of them.", range="[1, inf)"),
+    Key("rollout.num_iterations", 1, int, "Passes over the completions sampled at once.", range="[1, inf)"),
+    Key("rollout.max_completion_length", 256, int, "Tokens of a completion at most (with rollout.function: of one "
+        "generation).", range="[1, inf)"),
+    Key("rollout.min_completion_length", None, int | None, "Each completion's own limit is drawn from this to "
+        "max_completion_length (a length sampler, as PPO recipes have it). None: it is max_completion_length.",
+        range="[1, inf)"),
+    Key("rollout.min_new_tokens", 0, int, "No stop id before so many tokens.", range="[0, inf)"),
+    Key("rollout.temperature", 1.0, float, "Sampling temperature; the loss divides the logits by it as well.",
+        range="(0, inf)"),
+    Key("rollout.top_k", 0, int, "Sample from the k likeliest tokens only; 0: off.", range="[0, inf)"),
+    Key("rollout.top_p", 1.0, float, "Sample from the likeliest tokens that hold this probability; 1: off.",
+        range="(0, 1]"),
+    Key("rollout.min_p", 0.0, float, "Leave out tokens below this share of the likeliest one's probability; 0: off.",
+        range="[0, 1]"),
+    Key("rollout.repetition_penalty", 1.0, float, "Lowers logits of tokens that were there already; 1: off.",
+        range="(0, inf)"),
+    Key("rollout.stop", (), tuple[str, ...], "Texts that end a completion, beside the model's stop ids."),
+    Key("rollout.slots", None, int | None, "Completions decoded at once; a finished one makes room for the next. "
+        "None: all.", range="[1, inf)"),
+    Key("rollout.resample", 0, int, "Groups whose completions all have one reward are replaced by those of new "
+        "prompts, in so many rounds at most (DAPO's dynamic sampling).", range="[0, inf)"),
+    Key("rollout.function", None, str | None, "FILE.function(generate, rows) -> (token ids, mask) of each row, beside "
+        "the config: several turns and tools. None: one completion."),
+    Key("rollout.show_every", 10, int, "Steps between groups that are shown and written to completions.jsonl; 0: "
+        "never.", range="[0, inf)"),
+
+    Key("rewards.functions", (), tuple[str, ...], "What rewards completions: names of jaxalign.rewards, FILE.function "
+        "beside the config, package.module.function (TRL's signature), or model:PATH of a reward model."),
+    Key("rewards.weights", (), tuple[float, ...], "What each reward counts; (): 1 each."),
+    Key("rewards.options", None, dict | None, "Keywords of rewards by name, e.g. {'length': {'target': 64}}."),
+    Key("rewards.scale", "group", str, "What advantages are divided by: the standard deviation of their group's "
+        "rewards, of the whole batch's, or nothing (TRL's scale_rewards).", choices=("group", "batch", "none")),
+    Key("rewards.aggregation", "sum_then_normalize", str, "Several rewards: summed, then compared within the group; or "
+        "compared one by one, then summed (TRL's multi_objective_aggregation).",
+        choices=("sum_then_normalize", "normalize_then_sum")),
+    Key("rewards.timeout", 60.0, float, "Seconds that a call of a user's reward may take.", range="(0, inf)"),
+    Key("rewards.workers", 1, int, "Processes on each host that share the completions of a shipped reward; a user's "
+        "own function sees a batch whole, in one process.", range="[1, inf)"),
+    Key("rewards.memory_gb", 4.0, float, "Memory that such a process may take.", range="(0, inf)"),
+    Key("rewards.max_error_rate", 0.5, float, "A run stops where a reward fails on more than this share of a batch.",
+        range="[0, 1]"),
 
     Key("reference.mode", "live", str, "live: scored before each step. cached: all rows scored once before the first "
         "step and kept on disk.", choices=("live", "cached")),
@@ -212,6 +296,10 @@ KEYS: tuple[Key, ...] = (
     Key("eval.at_start", True, bool, "Evaluate before the first step too."),
     Key("eval.batch_size", None, int | None, "Pairs per evaluation batch over all devices. None: as in a micro-batch.",
         range="[1, inf)"),
+    Key("eval.num_generations", 1, int, "Completions of each evaluation prompt, for losses that sample.",
+        range="[1, inf)"),
+    Key("eval.temperature", None, float | None, "At which they are sampled; 0: greedy. None: rollout.temperature.",
+        range="[0, inf)"),
     Key("eval.max_rows", None, int | None, "Evaluate on the first rows only: the same ones every time.",
         range="[1, inf)"),
 

@@ -30,9 +30,9 @@ def report(run: Any, state: Any, n: int, values: dict[str, float], folder: epath
       values: the metrics of the step.
       folder: the run's.
     """
-    host_batch = run.source(n - 1)
+    host_batch = run.source(n - 1, run.whole(state.params))
     batch = run.place(host_batch)
-    if (ref_params := run.reference_of(state)) is not None:
+    if "ref_logps" not in host_batch and (ref_params := run.reference_of(state)) is not None:
         batch["ref_logps"] = run.score(ref_params, batch)
     examples = {name: np.asarray(x) for name, x in jax.device_get(run.examples(state.params, run.base, batch)).items()}
     norms = jax.jit(lambda *a: _norms(run.gradients(*a)[2]))(state.params, run.base, batch, state.aux)

@@ -9,15 +9,35 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign import metrics, paths, reference
+from jaxalign import metrics, paths, reference, tasks
+from jaxalign.metrics import Z
 
-Z = 1.959964  # of a 95% interval
+SHOWN = 4  # completions of a group on the terminal
 
 
 def evaluate(run: Any, state: Any, *, untrained: bool = False) -> dict[str, float]:
     """The metrics of the policy in `state` over the evaluation rows of a `build.Run`; `untrained`: before any step."""
+    if run.rollouts is not None:
+        return of_completions(run, run.whole(state.params))
     batches = run.eval_batches(state, untrained=untrained)
     return summarize(run.objective, collect(run.examples, state.params, batches, run.base))
+
+
+def of_completions(run: Any, params: Any) -> dict[str, float]:
+    """Rewards and lengths of completions of the evaluation prompts, the same random numbers every time."""
+    rollouts, given = run.rollouts, run.config.eval
+    found = tasks.answer(
+        rollouts.actor,
+        params,
+        run.eval_data,
+        n=given.num_generations,
+        temperature=run.config.rollout.temperature if given.temperature is None else given.temperature,
+        seed=run.config.seed,
+        tell=lambda answers: run.on_progress(f"the answers to prompt {answers.places[-1]} of an evaluation"),
+    )
+    rewards_CF = found.rewards.reshape(-1, found.rewards.shape[-1])
+    reward_PN = rollouts.sums(rewards_CF).reshape(found.tokens.shape)
+    return completion_metrics(run.reward_names, found.rewards, reward_PN, found.tokens)
 
 
 def collect(
@@ -56,7 +76,8 @@ def form(objective: Any) -> str:
 
 def headline(names: Iterable[str]) -> str:
     """The metric, of those found, that says most in one number; it has a standard error."""
-    return next(name for name in ("eval_margin", "eval_rewards/margins", "eval_loss") if f"{name}_se" in names)
+    known = ("eval_reward", "eval_margin", "eval_rewards/margins", "eval_loss")
+    return next(name for name in known if f"{name}_se" in names)
 
 
 def _pairs(examples: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -128,10 +149,36 @@ SUMMARIES: dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, float]]] = {
 }
 
 
-def names(objective: Any) -> list[str]:
-    """The names of the metrics that `summarize` gives, but for a mean of what only some losses log."""
+def names(objective: Any, rewards: Sequence[str] = ()) -> list[str]:
+    """The names of the metrics that `evaluate` gives, but for a mean of what only some losses log.
+
+    `rewards`: the names of what rewards completions, where the policy samples.
+    """
+    if rewards:
+        return list(completion_metrics(rewards, np.zeros((2, 1, len(rewards))), np.zeros((2, 1)), np.zeros((2, 1))))
     numbers: Mapping[str, np.ndarray] = collections.defaultdict(lambda: np.arange(1.0, 3.0))
     return ["eval_loss", *SUMMARIES[form(objective)](numbers), "eval_examples"]
+
+
+def completion_metrics(
+    names: Sequence[str], rewards_PNF: np.ndarray, reward_PN: np.ndarray, tokens_PN: np.ndarray
+) -> dict[str, float]:
+    """Of N completions of each of P prompts: rewards, what they come to, and lengths; errors are over prompts.
+
+    A prompt without a reward (all NaN) takes no part in that reward's mean.
+    """
+    found = _mean("eval_reward", _over_completions(reward_PN))
+    for name, values_PN in zip(names, np.moveaxis(rewards_PNF, -1, 0), strict=True):
+        mean, error = metrics.mean_se(_over_completions(values_PN))
+        found |= {f"eval_rewards/{name}/mean": mean, f"eval_rewards/{name}/mean_se": error}
+    return found | _mean("eval_completions/mean_length", tokens_PN.mean(axis=1)) | {"eval_examples": len(tokens_PN)}
+
+
+def _over_completions(x_PN: np.ndarray) -> np.ndarray:
+    """The mean of each prompt that has one; [NaN] where none has."""
+    known = ~np.isnan(x_PN)
+    there = known.any(axis=1)
+    return np.nansum(x_PN, axis=1)[there] / known.sum(axis=1)[there] if there.any() else np.array([np.nan])
 
 
 def token_mean(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
@@ -203,6 +250,10 @@ def completions(run: Any, params: Any) -> list[dict[str, Any]]:
 def line(step: int, found: Mapping[str, float]) -> str:
     """An evaluation in one line."""
     name = headline(found)
+    if name == "eval_reward":
+        length = f"{found['eval_completions/mean_length']:.0f} tokens a completion"
+        value = f"eval_reward {found[name]:.4f}{_error(found, name)}"
+        return f"step {step}: {value}, {length} over {found['eval_examples']:.0f} prompts"
     parts = [f"eval_loss {found['eval_loss']:.4f}" + (_error(found, name) if name == "eval_loss" else "")]
     if name != "eval_loss":
         parts.append(f"margin {found[name]:+.4f}{_error(found, name)}")
@@ -213,6 +264,19 @@ def line(step: int, found: Mapping[str, float]) -> str:
     if "eval_perplexity" in found:
         parts.append(f"perplexity {found['eval_perplexity']:.3f}")
     return f"step {step}: {', '.join(parts)} over {found['eval_examples']:.0f} examples"
+
+
+def group(step: int, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A prompt's first completions with their rewards and advantages: rows of completions.jsonl, a line each."""
+    lines = [f"step {step}: > {_shortened(rows[0]['prompt'], from_end=True)}"]
+    for row in rows[:SHOWN]:
+        rewards = ", ".join(f"{name} {_rounded(x)}" for name, x in row.items() if name not in ("prompt", "completion"))
+        lines.append(f"  {rewards}: {_shortened(row['completion'])}")
+    return "\n".join(lines)
+
+
+def _rounded(x: float | None) -> str:
+    return "-" if x is None else f"{x:.3g}"
 
 
 def _error(found: Mapping[str, float], name: str) -> str:
@@ -234,8 +298,9 @@ def summary(before: Mapping[str, float], after: Mapping[str, float], samples: Se
     if not after:
         return "\n".join(lines)
     name = headline(after)
-    what, mean, error = "loss" if name == "eval_loss" else "margin", after[name], after[f"{name}_se"]
-    sign = "" if name == "eval_loss" else "+"
+    what = {"eval_loss": "loss", "eval_reward": "reward"}.get(name, "margin")
+    mean, error = after[name], after[f"{name}_se"]
+    sign = "+" if what == "margin" else ""
     above = f" (standard error; {mean / error:.1f} of them above 0)" if sign and error > 0 else ""
     was = f"{before[name]:{sign}.4f} before, " if before else ""
     lines += [

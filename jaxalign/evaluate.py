@@ -1,10 +1,16 @@
-"""Any model on held-out rows: `python -m jaxalign.evaluate --model=my-model --config=configs/dpo_smollm2.py`.
+"""Any model on held-out rows: `python -m jaxalign.evaluate --model=my-model --config=configs/dpo_smollm2.py`; or at a
+task: `python -m jaxalign.evaluate --model=my-model --task=questions.jsonl --reward=gsm8k --n=8`.
 
     --model=PATH      Hugging Face folder, .gguf file, hub id, package:NAME, or the folder of a run (with --step)
     --config=...      whose evaluation rows, template, lengths, loss and mesh are taken; of a run by default its own
     --data=FILE       other rows than the config's
     --reference=PATH  the model that rewards are measured against; by default the config's: what its policy begins as
     --json, --out     one JSON object on stdout; the same to a file
+
+    --task=FILE       rows whose prompts the model answers, and whose columns judge the answers, without a config
+    --reward=F[,G]    a name of jaxalign.rewards (gsm8k, math, ...), FILE.function in TRL's signature, or model:PATH
+    --n=8             answers to each prompt: mean@8 and pass@2, 4, 8; without it one greedy answer: accuracy
+    --completions=... a JSON line for each answer, with its rewards
 
 The loss says what is measured: of preferences reward accuracy, margin and the responses' perplexities; of labelled
 responses the margin between the kinds and how well rewards tell them apart; of chats and texts the perplexity; of a
@@ -14,6 +20,7 @@ moved while a run trained is not used: rewards are measured against the one that
 start it on all hosts alike.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -27,9 +34,23 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxalign import build, checkpoint, evals, export, hf, hosts, metrics, models, paths, run_folder, sharding, train
+from jaxalign import (
+    build,
+    checkpoint,
+    evals,
+    evaluate_task,
+    export,
+    hf,
+    hosts,
+    metrics,
+    models,
+    paths,
+    run_folder,
+    sharding,
+    train,
+)
 from jaxalign import config as config_lib
-from jaxalign.evals import Z
+from jaxalign.metrics import Z
 
 
 def evaluate(
@@ -60,12 +81,13 @@ def evaluate(
     data = _load_rows(config)
     config.eval.max_rows = None  # they are cut to it
     mesh = sharding.make_mesh(**config.mesh.to_dict())
-    with sharding.use_mesh(mesh):
-        run = build.Run(config, mesh, data)
+    with sharding.use_mesh(mesh), contextlib.closing(build.Run(config, mesh, data)) as run:
         run.score_reference(say)
         run.cached_reference = True  # no step will ask the reference: it makes room for the model
         run.release()
         params = _load(model, run, step)
+        if run.rollouts is not None:
+            return with_intervals(evals.evaluate(run, run.state._replace(params=params)))
         batches = run.eval_batches(run.state._replace(params=params))
         examples = evals.collect(run.examples, params, batches, run.base)
     found = evals.summarize(run.objective, examples)
@@ -220,7 +242,8 @@ def _load(model: str, run: build.Run, step: str | int) -> models.Params:
 
 def show(found: Mapping[str, float]) -> str:
     """Metrics as lines, each with its standard error and 95% interval."""
-    lines = [f"{found['eval_examples']:.0f} examples, loss {found['eval_loss']:.4f}; standard errors, 95% intervals:"]
+    loss = f", loss {found['eval_loss']:.4f}" if "eval_loss" in found else ""
+    lines = [f"{found['eval_examples']:.0f} examples{loss}; standard errors, 95% intervals:"]
     for name, value in found.items():
         if f"{name}_low" in found:
             error = f" +- {found[f'{name}_se']:.4f}" if f"{name}_se" in found else ""
@@ -240,16 +263,26 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=values)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command. Exits with 1 or 2 and a message where something does not go together."""
-    values = flags.FlagValues()
+def _of_task(argv: list[str], values: flags.FlagValues) -> bool:
+    """Whether the command line asks for a task. ValueError where some of its flags are not for what it asks for."""
     define_flags(values)
     config_lib.define_flags(values)
-    program, *rest = sys.argv if argv is None else argv
-    try:
-        values([program, *rest], known_only=True)
-    except flags.Error as error:
-        raise SystemExit(f"evaluate: {error}") from error
+    of_config = {*values} - {"model", "step", "json", "out", "help"}
+    evaluate_task.define_flags(values)
+    left = values(argv, known_only=True)[1:]
+    of_task = {*values} - of_config - {"model", "step", "json", "out", "help"}
+    if values.help or not values.task:
+        if given := [name for name in of_task if values[name].present and not values.help]:
+            raise ValueError(f"--{min(given)} goes with --task")
+        return False
+    left += [f"--{name}" for name in of_config if values[name].present]
+    if left:
+        raise ValueError(f"{left[0]} has no place beside --task, which takes {', '.join(sorted(of_task - {'task'}))}")
+    return True
+
+
+def _config(program: str, rest: list[str], values: flags.FlagValues) -> ConfigDict:
+    """The config that the command line names, with its changes."""
     defaults = []
     if values.model and values.config is None and is_run(values.model):
         defaults.append(f"--config={values.model}/{run_folder.CONFIG_FILE}")
@@ -257,7 +290,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         named = {"data.path": values.data, "data.eval.path": values.data, "data.eval.fraction": 0}
         empty = dict.fromkeys(("data.split", "data.eval.split", "data.name"), "none")
         defaults += [f"--config.{key}={value}" for key, value in (named | empty).items()]
-    config = config_lib.parse([program, *defaults, *rest], values)
+    return config_lib.parse([program, *defaults, *rest], values)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Exits with 1 or 2 and a message where something does not go together."""
+    values = flags.FlagValues()
+    program, *rest = sys.argv if argv is None else argv
+    try:
+        of_task = _of_task([program, *rest], values)
+    except (flags.Error, ValueError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    config = None if of_task else _config(program, rest, values)
     train.quiet()
     try:
         if values.model is None:
@@ -267,12 +312,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not main_process:
             logging.getLogger().setLevel(logging.WARNING)
         say = logging.getLogger(__name__).info
-        found = evaluate(values.model, config, step=values.step, reference=values.reference, say=say)
+        if config is None:
+            train.use_compilation_cache("auto")
+            found, shown = evaluate_task.run(values, say), evaluate_task.show
+        else:
+            found = evaluate(values.model, config, step=values.step, reference=values.reference, say=say)
+            shown = show
         if main_process:
             record = json.dumps({"model": values.model, "step": values.step, **found})
             if values.out:
                 paths.replace(values.out, f"{record}\n".encode())
-            print(record if values.json else show(found))
+            print(record if values.json else shown(found))
     except Exception as error:
         known = isinstance(error, ValueError)
         text = f"evaluate: {error}" if known else "".join(traceback.format_exception(error))

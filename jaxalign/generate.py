@@ -8,151 +8,28 @@
 `complete` does the same from Python. See `--help` for the other flags.
 """
 
+import contextlib
 import dataclasses
 import json
-import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 
-from jaxalign import hf, lora, models, paths, peft_files, sampling, sharding
+from jaxalign import decoding, hf, lora, models, paths, peft_files, sampling, sharding
+from jaxalign.completions import Completion, Prompt, complete, length_bounds, stream
 from jaxalign.data import chat
 from jaxalign.models import ModelConfig, Params
 
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray
-"""Text, chat messages, or token ids that stand as they are."""
+__all__ = ["Completion", "Model", "Prompt", "complete", "load", "stream"]
 
-PROMPT_MULTIPLE = 32  # lengths of prompts are padded to buckets of this
-
-
-class Completion(NamedTuple):
-    """One completion: its text without special tokens, its token ids, and whether it ended by itself (a stop id)."""
-
-    text: str
-    tokens: list[int]
-    finished: bool
-
-
-def complete(
-    cfg: ModelConfig,
-    params: Params,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    stop_ids: Sequence[int] | None = None,
-    batch_size: int = 8,
-    raw: bool = False,
-) -> list[str]:
-    """The text of one completion of each prompt; see `stream`."""
-    completions = stream(
-        cfg,
-        params,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        stop_ids=stop_ids,
-        batch_size=batch_size,
-        raw=raw,
-    )
-    return [completion.text for completion in completions]
-
-
-def stream(
-    cfg: ModelConfig,
-    params: Params,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    stop_ids: Sequence[int] | None = None,
-    batch_size: int = 8,
-    raw: bool = False,
-) -> Iterator[Completion]:
-    """One completion of each prompt, in order, a batch at a time.
-
-    Args:
-      params: as `models.apply` takes them; on a mesh, call this under `sharding.use_mesh`, in every process alike.
-      prompts: text is one user turn of a chat (where the tokenizer has a chat template), messages go through the
-        template, token ids stand as they are. A prompt given several times is sampled anew each time.
-      max_new_tokens: of each completion; fewer where the model's context ends before.
-      temperature: 0 is greedy.
-      seed: with it the completion of prompt i is fixed, whatever the other prompts are.
-      stop_ids: None: the model's own (`hf.stop_ids`).
-      batch_size: prompts that are decoded at once.
-      raw: text stands as it is, as the beginning of a document.
-
-    Raises:
-      ValueError: a prompt without tokens or without room for an answer, messages without a chat template, a number that
-        makes no sense. Raised before anything is compiled.
-    """
-    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if number < 1:
-            raise ValueError(f"{name} is {number}, expected at least 1")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature is {temperature}, expected a finite number of at least 0 (0 is greedy)")
-    encoded = [_encode(cfg, tokenizer, prompt, number, raw) for number, prompt in enumerate(prompts)]
-    stops = tuple(hf.stop_ids(cfg, tokenizer) if stop_ids is None else stop_ids)
-    # Every batch has the same rows, so that it has the same program; fillers ask for no tokens.
-    rows = max(min(batch_size, len(encoded)), 1)
-    rows = -(-rows // sharding.axis_size(sharding.ROWS)) * sharding.axis_size(sharding.ROWS)
-    for start in range(0, len(encoded), rows):
-        batch = encoded[start : start + rows]
-        fillers = rows - len(batch)
-        prompts_BP, mask_BP = sampling.left_pad(batch + [[]] * fillers, cfg.pad_token_id or 0, PROMPT_MULTIPLE)
-        room = [min(max_new_tokens, cfg.max_position_embeddings - len(ids)) for ids in batch]
-        samples = sampling.generate(
-            cfg,
-            params,
-            prompts_BP,
-            mask_BP,
-            sampling.request_keys(seed, range(start, start + rows)),
-            sampling.make_limits(rows, temperature=temperature, max_new=room + [0] * fillers, stop_ids=stops),
-            max_new_tokens=max_new_tokens,
-        )
-        tokens_BN, mask_BN = np.asarray(samples.tokens), np.asarray(samples.mask)
-        for row in range(len(batch)):
-            tokens = tokens_BN[row, mask_BN[row]].tolist()
-            yield Completion(tokenizer.decode(tokens, skip_special_tokens=True), tokens, tokens[-1] in stops)
-
-
-def _encode(cfg: ModelConfig, tokenizer: Any, prompt: Prompt, number: int, raw: bool) -> list[int]:
-    try:
-        if isinstance(prompt, str):
-            as_chat = not raw and chat.template_of(tokenizer) is not None
-            turns = [{"role": "user", "content": prompt}]
-            ids = chat.encode_prompt(tokenizer, turns if as_chat else prompt)
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            if raw:
-                raise ValueError("chat messages need the chat template; give text, or leave raw off")
-            ids = chat.encode_prompt(tokenizer, [dict(message) for message in prompt])  # type: ignore[arg-type]
-        else:
-            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(f"prompt {number}: {error}") from error
-    if not ids:
-        raise ValueError(f"prompt {number} has no tokens; there is nothing to continue")
-    if len(ids) >= cfg.max_position_embeddings:
-        raise ValueError(
-            f"prompt {number} has {len(ids)} tokens, the model's context is {cfg.max_position_embeddings}; shorten it, "
-            "so that an answer fits"
-        )
-    return ids
-
-
-# The command
+DISTRIBUTION = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+CHAT_ROOM = 512  # tokens of a conversation before a longer one compiles anew
+PROGRESS_SECONDS = 5  # of a batch, between two lines about it
 
 
 class Model(NamedTuple):
@@ -222,6 +99,7 @@ def load(
 def define_flags(values: flags.FlagValues) -> None:
     """The command's flags."""
     text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_bool
+    share, several = flags.DEFINE_float, flags.DEFINE_multi_string
     text("model", None, "Hugging Face folder, .gguf file, hub id, package:NAME, or the folder of a run.", values)
     text("step", None, "Of a run: last (the default), best, or a step's number.", values)
     text("adapter", None, "PEFT folder with adapters for --model.", values)
@@ -231,11 +109,21 @@ def define_flags(values: flags.FlagValues) -> None:
     text("system", None, "System message put before prompts that have none.", values)
     switch("raw", False, "Prompts are the beginning of a text: no chat template.", values)
     switch("help", False, "Print the flags and stop.", values)
-    number("max_new_tokens", 256, "Tokens of a completion at most.", 1, flag_values=values)
-    flags.DEFINE_float("temperature", 0.0, "0: greedy.", 0.0, flag_values=values)
+    flags.DEFINE_list(
+        "max_new_tokens", ["256"], "Tokens of a completion at most; two numbers, 32,256: each draws its own.", values
+    )
+    number("min_new_tokens", 0, "Tokens before which no completion ends.", 0, flag_values=values)
+    share("temperature", 0.0, "0: greedy.", 0.0, flag_values=values)
+    number("top_k", 0, "Sample from the k likeliest tokens; 0: all.", 0, flag_values=values)
+    share("top_p", 1.0, "Sample from the likeliest tokens that have this probability together.", 0.0, 1.0, values)
+    share("min_p", 0.0, "Sample from tokens with this share of the likeliest one's probability.", 0.0, 1.0, values)
+    share("repetition_penalty", 1.0, "Above 1: tokens that stand already are less likely.", 0.0, flag_values=values)
+    several("stop", [], "Text that ends a completion, and is not part of it; may be given several times.", values)
+    flags.DEFINE_list("stop_ids", None, "Token ids that end a completion, in place of the model's own.", values)
+    several("bad_words", [], "Text of a token that is never sampled; may be given several times.", values)
     number("seed", 0, "Seed of sampling.", 0, flag_values=values)
     number("n", 1, "Completions of each prompt.", 1, flag_values=values)
-    number("batch_size", 8, "Prompts decoded at once.", 1, flag_values=values)
+    number("batch_size", 8, "Completions sampled at once.", 1, flag_values=values)
     number("tensor", 1, "Devices that the model is split over.", 1, flag_values=values)
 
 
@@ -250,6 +138,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{__doc__}\n{values.get_help()}")
             return
         rows = _rows(values)
+        if argv is None:  # the command itself: programs are kept for the next one
+            from jaxalign import train
+
+            train.use_compilation_cache("auto")
         began = time.monotonic()
         mesh = None
         if values.tensor > 1:
@@ -257,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = load(values.model, values.step, mesh, adapter=values.adapter)
         _say(f"{values.model} loaded in {time.monotonic() - began:.1f} s")
         with sharding.use_mesh(mesh):
+            model = model._replace(params=decoding.view(model.cfg, model.params))  # once, and the weights stand once
             if rows:
                 _answer_all(model, rows, values)
             else:
@@ -264,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (flags.Error, ValueError) as error:
         _say(f"generate: {error}")
         raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        _say("generate: interrupted")
+        raise SystemExit(130) from error
 
 
 def _say(text: str) -> None:
@@ -271,7 +167,7 @@ def _say(text: str) -> None:
 
 
 def _rows(values: flags.FlagValues) -> list[dict[str, Any]]:
-    """The rows to answer, each with a `prompt`; none means a chat. Contradictory flags raise ValueError."""
+    """The rows to answer, each with a `prompt`; none means a chat. Flags that make no sense raise ValueError."""
     if values.model is None:
         raise ValueError("--model is missing: a Hugging Face folder, .gguf file, hub id, package:NAME or run folder")
     if values.prompt is not None and values.prompts is not None:
@@ -280,6 +176,9 @@ def _rows(values: flags.FlagValues) -> list[dict[str, Any]]:
         raise ValueError("--system needs the chat template, which --raw leaves out; drop one of them")
     if values.n > 1 and values.temperature == 0:
         raise ValueError(f"--n={values.n} greedy completions are all equal; set --temperature above 0")
+    options = _options(values)
+    length_bounds(options["max_new_tokens"], options["min_new_tokens"])
+    sampling.make_limits(1, max_new=1, **{name: options[name] for name in DISTRIBUTION})  # its errors, before a load
     if values.out is not None and not Path(values.out).expanduser().absolute().parent.is_dir():
         raise ValueError(f"--out={values.out}: its folder does not exist")
     if values.prompt is not None:
@@ -314,60 +213,85 @@ def _with_system(prompt: str | list[Any], system: str | None) -> str | list[Any]
     return [{"role": "system", "content": system}, *messages]
 
 
-def _stream(model: Model, prompts: Sequence[Prompt], values: flags.FlagValues, seed: int) -> Iterator[Completion]:
-    return stream(
-        model.cfg,
-        model.params,
-        model.tokenizer,
-        prompts,
-        max_new_tokens=values.max_new_tokens,
-        temperature=values.temperature,
-        seed=seed,
-        stop_ids=model.stop_ids,
-        batch_size=values.batch_size,
-        raw=values.raw,
-    )
+def _options(values: flags.FlagValues) -> dict[str, Any]:
+    """The flags that are options of `stream`."""
+    names = (*DISTRIBUTION, "min_new_tokens", "stop", "bad_words", "n", "batch_size", "raw")
+    lengths = _integers("max_new_tokens", values.max_new_tokens)
+    if len(lengths) not in (1, 2):
+        raise ValueError(f"--max_new_tokens={','.join(values.max_new_tokens)}: expected one number, or two: 32,256")
+    return {name: values[name].value for name in names} | {
+        "max_new_tokens": lengths[0] if len(lengths) == 1 else (lengths[0], lengths[1]),
+        "stop_ids": None if values.stop_ids is None else _integers("stop_ids", values.stop_ids),
+    }
+
+
+def _integers(flag: str, texts: Sequence[str]) -> list[int]:
+    try:
+        return [int(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(f"--{flag}={','.join(texts)}: expected whole numbers") from error
+
+
+def _stream(model: Model, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[Completion]:
+    own = model.stop_ids if options["stop_ids"] is None else options["stop_ids"]
+    return stream(model.cfg, model.params, model.tokenizer, prompts, **{**options, "stop_ids": own})
 
 
 def _answer_all(model: Model, rows: list[dict[str, Any]], values: flags.FlagValues) -> None:
     """Prints the completions (alone, if there is one; else under a heading each) and writes them to --out."""
-    prompts = [_with_system(row["prompt"], values.system) for row in rows for _ in range(values.n)]
-    began, n_tokens = time.monotonic(), 0
-    out = None if values.out is None else open(Path(values.out).expanduser(), "w", encoding="utf-8")
-    try:
-        for number, completion in enumerate(_stream(model, prompts, values, values.seed)):
-            row, sample = rows[number // values.n], number % values.n
-            n_tokens += len(completion.tokens)
-            if len(prompts) > 1:
-                print(f"--- prompt {number // values.n}" + (f", sample {sample}" if values.n > 1 else ""))
+    prompts, total = [_with_system(row["prompt"], values.system) for row in rows], len(rows) * values.n
+    began = said = time.monotonic()
+
+    def progress(ended: int, tokens: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if ended == total or now - said >= PROGRESS_SECONDS:
+            said = now
+            speed = f"{tokens} tokens in {now - began:.1f} s with compilation ({tokens / (now - began):.1f} a second)"
+            _say(f"{ended} of {total} completions, {speed}")
+
+    def tell(number: int, completion: Completion) -> None:
+        prompt, sample = divmod(number, values.n)
+        if total > 1:
+            print(f"--- prompt {prompt}" + (f", sample {sample}" if values.n > 1 else ""))
             print(completion.text, flush=True)
-            if out is not None:
-                answer = {
-                    "completion": completion.text,
-                    "sample": sample,
-                    "tokens": len(completion.tokens),
-                    "finished": completion.finished,
-                }
-                out.write(json.dumps({**row, **answer}, ensure_ascii=False) + "\n")
-                out.flush()
-    finally:
+        else:
+            print(flush=True)  # its text has been printed
         if out is not None:
-            out.close()
-    seconds = time.monotonic() - began
-    _say(f"{len(prompts)} completions, {n_tokens} tokens in {seconds:.1f} s with compilation")
+            answer = {
+                "completion": completion.text,
+                "sample": sample,
+                "tokens": len(completion.tokens),
+                "finished": completion.finished,
+            }
+            out.write(json.dumps({**rows[prompt], **answer}, ensure_ascii=False) + "\n")
+            out.flush()
+
+    file = None if values.out is None else open(Path(values.out).expanduser(), "w", encoding="utf-8")
+    with contextlib.nullcontext() if file is None else file as out:
+        heard = {"on_text": _print_piece if total == 1 else None, "on_completion": tell, "on_progress": progress}
+        _stream(model, prompts, {**_options(values), **heard, "seed": values.seed})
+
+
+def _print_piece(number: int, text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _chat(model: Model, values: flags.FlagValues) -> None:
     """A conversation on the terminal until its input ends (with --raw: one text after the other)."""
     if not values.raw and chat.template_of(model.tokenizer) is None:
         raise ValueError("the model has no chat template; use --raw to continue texts instead")
-    _say("Write a message; /new begins a new conversation, /exit or Ctrl-D ends.")
+    _say("Write a message; Ctrl-C ends an answer, /new begins a new conversation, /exit or Ctrl-D ends.")
+    options = {**_options(values), "prompt_room": CHAT_ROOM}
     history: list[dict[str, str]] = []
     turn = 0
     while True:
         try:
             text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:
+            _say("\n/exit or Ctrl-D ends")
+            continue
+        except EOFError:
             return
         if text == "/exit":
             return
@@ -376,14 +300,23 @@ def _chat(model: Model, values: flags.FlagValues) -> None:
         elif text:
             turn += 1
             asked = [*history, {"role": "user", "content": text}]
+            prompt = text if values.raw else _with_system(asked, values.system)
+            answer: list[str] = []
+
+            def show(number: int, piece: str, answer: list[str] = answer) -> None:
+                answer.append(piece)
+                _print_piece(number, piece)
+
             try:
-                prompt = text if values.raw else _with_system(asked, values.system)
-                (completion,) = _stream(model, [prompt], values, values.seed + turn)
+                _stream(model, [prompt], {**options, "seed": values.seed + turn, "on_text": show})
+            except KeyboardInterrupt:
+                pass  # what was said up to here is the answer
             except ValueError as error:
                 _say(f"{error}; /new begins a new conversation")
                 continue
-            print(completion.text)
-            history = [*asked, {"role": "assistant", "content": completion.text}]
+            print(flush=True)
+            if answer:
+                history = [*asked, {"role": "assistant", "content": "".join(answer)}]
 
 
 if __name__ == "__main__":

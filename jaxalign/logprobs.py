@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec
 from jaxalign import models, sharding
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.embedding import vocab_axes
+from jaxalign.segments import per_sequence as per_sequence
+from jaxalign.segments import per_token as per_token
 
 STATISTICS = ("logps", "entropy", "mean_logit", "correct", "sum_p2")
 
@@ -92,14 +94,20 @@ def token_stats(
 
 
 def score(
-    cfg: ModelConfig, params: models.Params, batch: Mapping[str, jax.Array], *, want: tuple[str, ...] = ("logps",)
+    cfg: ModelConfig,
+    params: models.Params,
+    batch: Mapping[str, jax.Array],
+    *,
+    want: tuple[str, ...] = ("logps",),
+    **options: Any,
 ) -> dict[str, jax.Array]:
     """`token_stats` of a batch under `params`: policy, reference, old policy and teacher are all scored by this.
 
-    See `hidden` for the batch's leaves, and `mask` [R, T] bool: the tokens that are scored.
+    See `hidden` for the batch's leaves, and `mask` [R, T] bool: the tokens that are scored; `options`: temperature and
+    differentiate.
     """
     hidden_RTD, segment_ids = hidden(cfg, params, batch), batch.get("segment_ids")
-    return token_stats(cfg, params, hidden_RTD, batch["tokens"], batch["mask"], segment_ids, want=want)
+    return token_stats(cfg, params, hidden_RTD, batch["tokens"], batch["mask"], segment_ids, want=want, **options)
 
 
 def hidden(cfg: ModelConfig, params: models.Params, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -161,37 +169,6 @@ def _hidden_of_pairs(cfg: ModelConfig, params: models.Params, batch: Mapping[str
     )
     rows = jnp.stack([joined[:, :time], jnp.concatenate([joined[:, :n], joined[:, time:]], axis=1)], axis=1)
     return rows.reshape(-1, time, joined.shape[-1])
-
-
-def per_sequence(
-    x_RT: jax.Array, mask_RT: jax.Array, segment_ids_RT: jax.Array | None = None, *, num_segments: int = 1
-) -> jax.Array:
-    """Sums of x over the masked tokens of each segment: [R, S] in x's dtype (bools are counted as float32).
-
-    Segments are numbered 1..S within a row; others (0: padding, above S: prompts that stand once) are no sequence's.
-    None means one segment a row.
-    """
-    x_RT = x_RT.astype(jnp.float32) if x_RT.dtype == bool else x_RT
-    x_RT = jnp.where(mask_RT, x_RT, 0)
-    if segment_ids_RT is None:
-        return x_RT.sum(axis=1, keepdims=True)
-    return jnp.where(_members(segment_ids_RT, num_segments), x_RT[:, :, None], 0).sum(axis=1)
-
-
-def per_token(x_RS: jax.Array, segment_ids_RT: jax.Array | None = None) -> jax.Array:
-    """Each sequence's value at each of its tokens, 0 at tokens of none: [R, T], or [R, 1] without segments (S is 1).
-
-    The transpose of `per_sequence`: sum over R, S of y * per_sequence(x, mask) = sum over R, T of per_token(y) * x *
-    mask.
-    """
-    if segment_ids_RT is None:
-        return x_RS
-    return jnp.where(_members(segment_ids_RT, x_RS.shape[1]), x_RS[:, None, :], 0).sum(axis=2)
-
-
-def _members(segment_ids_RT: jax.Array, num_segments: int) -> jax.Array:
-    """Which sequence a token belongs to, bool [R, T, S]; XLA never holds it: it is made where it is summed."""
-    return segment_ids_RT[:, :, None] == jnp.arange(1, num_segments + 1)
 
 
 def _layout(table_VD: jax.Array, n_rows: int, n_time: int, chunk_tokens: int | None) -> _Layout:

@@ -295,7 +295,7 @@ def _event_writer(folder: epath.Path, start_step: int | None) -> Any:
     return SummaryWriter(str(folder), purge_step=None if start_step is None else start_step + 1)
 
 
-COLUMNS = ("loss", "rewards/margins", "rewards/accuracies", "time/tokens_per_second")
+COLUMNS = ("loss", "reward", "rewards/margins", "rewards/accuracies", "time/tokens_per_second")
 """What the progress display shows of a line of metrics, in this order, as far as the line has it."""
 
 
@@ -386,7 +386,10 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def wilson(successes: float, n: float, *, z: float = 1.959964) -> tuple[float, float]:
+Z = 1.959964  # standard errors on either side of a mean: 95% of a normal distribution
+
+
+def wilson(successes: float, n: float, *, z: float = Z) -> tuple[float, float]:
     """Wilson's interval of a share, (low, high): 95% by default. It stays in [0, 1] and is not empty at 0 or n.
 
     Raises:
@@ -416,7 +419,8 @@ def mean_se(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(array.mean()), error
 
 
-PANELS = (("loss", "Loss"), ("rewards/margins", "Reward margin"), ("rewards/accuracies", "Reward accuracy"),
+PANELS = (("loss", "Loss"), ("reward", "Reward"), ("completions/mean_length", "Tokens of a completion"),
+          ("rewards/margins", "Reward margin"), ("rewards/accuracies", "Reward accuracy"),
           ("margin", "Margin of scores"), ("accuracy", "Accuracy"), ("kl", "KL from the reference, in nats"),
           ("mean_token_accuracy", "Accuracy of tokens"), ("grad_norm", "Gradient norm"))  # fmt: skip
 """Metrics that are drawn, those that a run has, with their titles."""

@@ -5,8 +5,8 @@
     --model_config=FILE    a config.json to take in place of model.path's: no model has to be here
     --json                 one JSON object on stdout
 
-The programs of the run (scoring, train step, evaluation, sampling: prefill and decode in one) are compiled at their
-longest rows from abstract arrays: no data and no weights are read. Exit status 0: it fits. 1: it does not. 2: the
+The programs of the run (scoring, train step, evaluation, sampling: prefill and decode) are compiled at their longest
+rows from abstract arrays: no data and no weights are read. Exit status 0: it fits. 1: it does not. 2: the
 config, the model or the topology can't be used.
 """
 
@@ -21,7 +21,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,13 +30,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from jaxalign import config as config_lib
-from jaxalign import lora, models, paths, programs, sampling, sharding
-from jaxalign.data import packing
-from jaxalign.data.batching import default_buckets
-from jaxalign.data.formats import LABELLED
-from jaxalign.generate import PROMPT_MULTIPLE
+from jaxalign import lora, models, paths, programs, sharding
 from jaxalign.messages import first_line
 from jaxalign.models.config import ModelConfig
+from jaxalign.workload import Job, jobs
 
 GIB = 2**30
 
@@ -46,19 +43,7 @@ HBM_GIB = {"TPU v4": 30.75, "TPU v5": 95.74, "TPU v5 lite": 15.75, "TPU v6 lite"
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
-PACKED_EXAMPLES = 8  # that a packed row can hold; where data are known, about twice what it holds on average
-
 STEPS = 1000  # of a run whose length only its data tell: no program's memory depends on it
-
-
-class Job(NamedTuple):
-    """A program to compile: what it is called with, and what else of the run is alive meanwhile (abstract arrays)."""
-
-    name: str
-    rows: tuple[int, int]
-    lower: Callable[[], Any]
-    arguments: Any
-    besides: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,85 +116,6 @@ def preflight(run: programs.Programs) -> dict[str, Any]:
         "host": host_bytes(run.state),
         "settings": [] if fits else settings(run, needs, memory),
     }
-
-
-def jobs(run: programs.Programs) -> Iterator[Job]:
-    """The programs of a run with all that they are called with, each at its longest rows."""
-    config, state, frozen = run.config, run.state, run.frozen
-    whole, one, scored = config.batch_size, run.eval_examples, run.objective.needs_reference
-
-    def job(name: str, function: Any, before: tuple[Any, ...], rows: dict[str, Any], besides: Any) -> Job:
-        arguments = (*before, rows)
-        return Job(name, rows["tokens"].shape, lambda: function.lower(*arguments), arguments, besides)
-
-    shares = frozen is not None and config.reference.path is None  # then the reference is the frozen weights
-    fixed = run.reference if run.live_reference and run.sync is None and not shares else None
-    if run.sync is not None:
-        others = {name: x for name, x in state.aux.items() if name != "reference"}
-        yield job("score", run.score, (state.aux["reference"],), batch(run, whole), state._replace(aux=others))
-    elif run.cached_reference and scored:  # before the first step, when there is no optimizer yet
-        part = batch(run, whole // config.gradient_accumulation_steps)
-        yield job("score", run.score_once, (run.reference,), part, (state.params, None if shares else frozen))
-    elif run.live_reference:
-        yield job("score", run.score, (run.reference,), batch(run, whole), (state, None if shares else frozen))
-    yield job("train step", run.train_step, (state, frozen), batch(run, whole, scored=scored), fixed)
-    without_weights = (state._replace(params=None), fixed)
-    if config.data.eval.path or config.data.eval.split or config.data.eval.fraction:
-        yield job("evaluate", run.examples, (state.params, frozen), batch(run, one, scored=scored), without_weights)
-    if config.samples.prompts:
-        yield sampler(run, without_weights)
-
-
-def batch(run: programs.Programs, examples: int, *, scored: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of so many examples at their longest; packed ones fill as many rows as they have tokens for."""
-    config, objective = run.config, run.objective
-    rows, slots = objective.width * examples, 1
-    length = (config.data.buckets or default_buckets(config.max_length))[-1]
-    leaves: dict[str, tuple[Any, tuple[int, ...]]] = {}
-    if config.data.packing != "off":
-        multiple = sharding.axis_size(sharding.ROWS, run.mesh) * config.gradient_accumulation_steps
-        tokens, length = rows * length, config.data.packed_length or objective.width * length
-        rows, slots = packing.round_up(-(-tokens // length), multiple), PACKED_EXAMPLES * objective.width
-        leaves["segment_ids"] = (np.int32, (length,))
-        if config.data.packing == "shared":
-            leaves["prefix_ids"] = (np.int32, (length,))
-    leaves |= dict.fromkeys(("tokens", "positions"), (np.int32, (length,))) | {"mask": (np.bool_, (length,))}
-    leaves |= {"lengths": (np.int32, ()), "ends": (np.int32, (slots,))}
-    if scored:
-        leaves["ref_logps"] = (np.float32, (length,))
-    if objective.kind in LABELLED:
-        leaves["label"] = (np.float32, (slots,))
-    if objective.kind == "scored":
-        leaves["scores"] = (np.float32, (slots, run.cfg.num_labels))
-    if config.data.weight is not None:
-        leaves["weight"] = (np.float32, (slots,))
-    place = sharding.row_sharding(run.mesh)
-    return {name: jax.ShapeDtypeStruct((rows, *rest), dtype, sharding=place) for name, (dtype, rest) in leaves.items()}
-
-
-def sampler(run: programs.Programs, besides: Any) -> Job:
-    """The program that makes completions of the config's prompts, as long as its data allow (`generate.stream`)."""
-    config = run.config
-    prompts = config.samples.prompts
-    shards = sharding.axis_size(sharding.ROWS, run.mesh)
-    n_rows = -(-(prompts if isinstance(prompts, int) else len(prompts)) // shards) * shards
-    width = sampling.bucket(config.data.max_prompt_length or config.max_length - 1, PROMPT_MULTIPLE)
-    new = config.samples.max_new_tokens
-    inputs = (
-        jax.ShapeDtypeStruct((n_rows, width), np.int32),
-        jax.ShapeDtypeStruct((n_rows, width), np.bool_),
-        jax.eval_shape(lambda: sampling.request_keys(0, np.arange(n_rows))),
-        sampling.make_limits(n_rows, max_new=new),
-    )
-
-    weights = jax.eval_shape(lora.attach, run.frozen, run.state.params)
-    placed = lora.flat(run.state.params) | ({} if run.frozen is None else lora.flat(run.frozen.base))
-    weights = lora.nest({path: placed.get(path, leaf) for path, leaf in lora.flat(weights).items()})
-
-    def lower() -> Any:
-        return sampling.generate.lower(run.cfg, weights, *inputs, max_new_tokens=new)
-
-    return Job("prefill and decode", (n_rows, width + new), lower, (weights, inputs), besides)
 
 
 def measure(job: Job, platform: str) -> Need:
@@ -442,7 +348,7 @@ def settings(run: programs.Programs, needs: Sequence[Need], memory: int) -> list
                 gradients = min(temporaries, weights * (1 + (splits > 1)))
                 activations = (temporaries - gradients) * splits / into * kept[0] / kept[1]
                 temporaries = activations + weights * (1 + (into > 1)) / data
-            elif need.name == "score" or (need.name == "evaluate" and config.eval.batch_size is None):
+            elif need.name.startswith("score") or (need.name == "evaluate" and config.eval.batch_size is None):
                 temporaries *= splits / into
             totals.append(int((need.total - need.temporaries - freed) / data + temporaries))
         return max(totals)

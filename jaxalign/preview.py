@@ -35,6 +35,7 @@ RESPONSES = {
     "chats": ("answer",),
     "triples": ("chosen", "rejected", "reference"),
     "scored": ("completion",),
+    "prompts": (),
 }
 
 # Two styles of each, by turns.
@@ -72,13 +73,14 @@ def preview(
         rewards_known: False where the rewards are what is learnt (see `batch_fields`).
 
     Returns:
-        label, kind, format, fingerprint; rows, kept, dropped {reason: count}, dropped_share, refused (a run would not
-        start), truncated (examples), unfinished (sequences without an end-of-turn token that were not cut); size
-        (examples, here: in this selection); lengths {prompt, then each response by its name: {percentile: tokens}},
-        responses without their prompt; values {name: {percentile: value}}; scored_share (of all tokens that are no
-        padding); batches [{length, share of the batches, padding share}] and padding_share in all; examples [{row,
-        prompt and responses: [[id, text, scored], ...], values: {name: value}}]; dropped_rows [{row, reason, detail,
-        text}], the first ones; batch, the first one (see `batch_fields`).
+        label, kind, format, transform, fingerprint; rows, kept, dropped {reason: count}, dropped_share, refused (a run
+        would not start), truncated (examples), unfinished (sequences without an end-of-turn token that were not cut);
+        size (examples, here: in this selection); lengths {prompt, then each response by its name: {percentile:
+        tokens}}, responses without their prompt; values {name: {percentile: value}}; scored_share (of all tokens that
+        are no padding); batches [{length, share of the batches, padding share}] and padding_share in all, but for
+        prompts, of which a batch is made only in a run; examples [{row, prompt and responses: [[id, text, scored],
+        ...], values: {name: value}, columns: {name: value} of prompts, as rewards get them}]; dropped_rows [{row,
+        reason, detail, text}], the first ones; batch, the first one (see `batch_fields`).
     """
     meta = prepared.meta
     dropped = sum(meta["dropped"].values())
@@ -93,12 +95,13 @@ def preview(
         "label": meta["label"],
         "kind": prepared.kind,
         "format": meta["format"],
+        "transform": meta["transform"],
         "fingerprint": prepared.fingerprint,
         "rows": meta["rows"],
         "kept": meta["kept"],
         "dropped": dict(meta["dropped"]),
         "dropped_share": round(dropped / meta["rows"], 6),
-        "refused": dropped > max_dropped_share * meta["rows"],
+        "refused": prepared.unusable > max_dropped_share * meta["rows"],
         "truncated": meta["truncated"],
         "unfinished": meta["unfinished"],
         "size": len(prepared),
@@ -108,7 +111,7 @@ def preview(
         },
         "values": {name: _percentiles(values) for name, values in _columns(prepared).items()},
         "scored_share": round(_scored(prepared) / int(prepared.lengths.sum()), 6),
-        **_batches(source),
+        **(_batches(source) if RESPONSES[prepared.kind] else {}),
         "examples": [_example(prepared, i, tokenizer) for i in range(min(rows, len(prepared)))],
         "dropped_rows": [
             {**entry, "text": _excerpt(prepared.source_text(entry["row"]))}
@@ -131,10 +134,10 @@ def batch_fields(
     Returns:
         prompt (text), prompt_token_ids, prompt_attention_mask; and for N from 1, a response: generationN (text of
         prompt + response), generationN_response_only, generationN_token_ids and generationN_attention_mask (of
-        prompt + response), generationN_reward, generationN_weight. Ids are padded on the right to the longest of their
-        list, where their mask is 0. Rewards are 1.0 for what is chosen or desirable and 0.0 for what is not; None for
-        chats, scored examples, a third response, and where they are what is learnt (not `rewards_known`). Weights are
-        `weights`, else those of a column, else 1.0.
+        prompt + response), generationN_reward, generationN_weight; of prompts there is none before a run. Ids are
+        padded on the right to the longest of their list, where their mask is 0. Rewards are 1.0 for what is chosen or
+        desirable and 0.0 for what is not; None for chats, scored examples, a third response, and where they are what is
+        learnt (not `rewards_known`). Weights are `weights`, else those of a column, else 1.0.
     """
     examples = [int(i) for i in examples]
     prompts = [prepared.prompt(i) for i in examples]
@@ -143,7 +146,7 @@ def batch_fields(
     if weights is None:
         weights = prepared.values.get("weight", np.ones(len(prepared), np.float32))[examples]
     # A labelled example's second sequence is another prompt's completion, which only the loss asks for.
-    for j in range(1 if prepared.kind == "labelled" else prepared.width):
+    for j in range(1 if prepared.kind == "labelled" else len(RESPONSES[prepared.kind])):
         name = f"generation{j + 1}"
         wholes = [prepared.sequence(i, j)[0] for i in examples]
         decoded = tokenizer.batch_decode([ids.tolist() for ids in wholes])
@@ -217,12 +220,13 @@ def _batches(source: ExampleSource) -> dict[str, Any]:
 
 def _example(prepared: Prepared, i: int, tokenizer: Any) -> dict[str, Any]:
     border = int(prepared.prompt_lengths[i])
-    shown: dict[str, Any] = {"row": prepared.source_row(i)}
+    ids, mask = prepared.sequence(i, 0)
+    shown: dict[str, Any] = {"row": prepared.source_row(i), "prompt": _tokens(tokenizer, ids[:border], mask[:border])}
     for j, name in enumerate(RESPONSES[prepared.kind]):
         ids, mask = prepared.sequence(i, j)
-        if j == 0:
-            shown["prompt"] = _tokens(tokenizer, ids[:border], mask[:border])
         shown[name] = _tokens(tokenizer, ids[border:], mask[border:])
+    if prepared.kind == "prompts":
+        shown["columns"] = {name: value for name, (value,) in prepared.columns([i]).items()}
     return shown | {"values": {name: float(values[i]) for name, values in _columns(prepared).items()}}
 
 
@@ -255,10 +259,13 @@ def show(report: dict[str, Any], console: Any) -> None:
             of_these = "scored" if scored == len(tokens) else f"{scored} of them scored" if scored else "not scored"
             console.print(Text(f"{part}: {len(tokens)} tokens, {of_these}", style="bold"))
             console.print(_coloured(tokens, STYLES.get(part, STYLES["chosen"]), marked=not console.is_terminal))
+        for name, value in example.get("columns", {}).items():
+            console.print(Text.assemble((f"{name}: ", "bold"), _excerpt(value)))
         if example["values"]:
             console.print(", ".join(f"{name} {value:g}" for name, value in example["values"].items()), style="bold")
     console.rule(style="dim")
-    table = Table(title=Text(f"{report['label']} ({report['format']})"), show_header=False)
+    formats = " as ".join(filter(None, (report["transform"], report["format"])))
+    table = Table(title=Text(f"{report['label']} ({formats})"), show_header=False)
     for name, value in _facts(report):
         table.add_row(Text(name), Text(value))
     console.print(table)
@@ -266,10 +273,11 @@ def show(report: dict[str, Any], console: Any) -> None:
     for part, values in (*report["lengths"].items(), *report["values"].items()):
         lengths.add_row(Text(part), *(f"{value:,}" for value in values.values()))
     console.print(lengths)
-    batches = Table("padded to", "share of batches", "of that padding")
-    for batch in report["batches"]:
-        batches.add_row(f"{batch['length']:,}", f"{batch['share']:.1%}", f"{batch['padding_share']:.1%}")
-    console.print(batches)
+    if "batches" in report:
+        batches = Table("padded to", "share of batches", "of that padding")
+        for batch in report["batches"]:
+            batches.add_row(f"{batch['length']:,}", f"{batch['share']:.1%}", f"{batch['padding_share']:.1%}")
+        console.print(batches)
     if report["dropped"]:
         table = Table("row", "left out because", "its text", title=f"the first of {sum(report['dropped'].values()):,}")
         for entry in report["dropped_rows"]:
@@ -297,8 +305,12 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     here = f", {report['size']:,} of them here" * (report["size"] != report["kept"])
     facts = [("rows", f"{report['rows']:,}"), (f"kept ({report['kind']})", f"{report['kept']:,}{here}")]
     facts += [(f"left out: {reason}", f"{count:,}") for reason, count in report["dropped"].items()]
+    facts.append(
+        ("left out in all", f"{report['dropped_share']:.2%}" + ", too many: a run would refuse" * report["refused"])
+    )
+    if report["kind"] == "prompts":
+        return facts
     facts += [
-        ("left out in all", f"{report['dropped_share']:.2%}" + ", too many: a run would refuse" * report["refused"]),
         ("examples cut to max_length", f"{report['truncated']:,}"),
         ("responses that never end (no eos)", f"{report['unfinished']:,}"),
         ("tokens scored", f"{report['scored_share']:.1%} of those that are no padding"),
@@ -324,11 +336,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"jaxalign: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     terms, _ = config_lib.loss_arguments(config)
+    batch_size = config.batch_size
+    if data.train.kind == "prompts":  # the prompts whose completions are sampled at once
+        batch_size = batch_size * config.rollout.steps_per_generation // config.rollout.num_generations
     reports = {
         name: preview(
             part,
             data.tokenizer,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             seed=config.seed,
             buckets=config.data.buckets or None,
             packing=config.data.packing,

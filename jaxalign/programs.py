@@ -57,7 +57,25 @@ def model_config(config: ConfigDict, *, path: str | None, platform: str | None =
 def objective_of(config: ConfigDict, cfg: ModelConfig) -> Any:
     """The objective that loss.* names."""
     terms, options = config_lib.loss_arguments(config)
+    if objectives.kind_of(terms) == "prompts":
+        r = config.rollout
+        options |= {"temperature": r.temperature, "max_completion_length": r.max_completion_length}
     return objectives.make(cfg, terms, **options)
+
+
+def scored(config: ConfigDict, objective: Any) -> tuple[str, ...]:
+    """The log-probs that a rollout of an objective of prompts is to have."""
+    # The weights of the one update that a rollout serves are those that drew it.
+    several = config.rollout.steps_per_generation * config.rollout.num_iterations > 1
+    old, ref = several or objective.kl_in_reward, objective.needs_reference
+    return ("old_logps",) * old + ("ref_logps",) * ref
+
+
+def longest_prompt(config: ConfigDict) -> int | None:
+    """Tokens of a prompt at most, beyond which rows are dropped; None: as many as a row has."""
+    if config.data.max_prompt_length is not None or config_lib.kind(config) != "prompts":
+        return config.data.max_prompt_length
+    return int(config.max_length - config.rollout.max_completion_length)
 
 
 def adapters_of(config: ConfigDict, cfg: ModelConfig) -> lora.Spec | None:
@@ -108,6 +126,7 @@ class Programs:
       train_step: jitted (state, frozen weights, batch) -> (state, metrics); the state is donated.
       score: jitted (reference weights, batch) -> ref_logps [R, T].
       score_once: the same of a batch that is no larger than a micro-batch.
+      score_policy: the same with the policy's whole weights.
       examples: jitted (trainable weights, frozen ones, batch) -> values of each example on every device.
       sync: jitted state -> state with the reference moved; None for a fixed one.
     """
@@ -184,12 +203,16 @@ class Programs:
         self._new_state = jax.jit(new_state, donate_argnums=0, out_shardings=shardings)
         jit = functools.partial(jax.jit, compiler_options=xla_flags.options(mesh))
         self.train_step = jit(step, donate_argnums=0, out_shardings=(shardings, whole))
+        # A policy is compared with its reference as it samples.
+        temperature = config.rollout.temperature if self.objective.kind == "prompts" else 1.0
+        score = functools.partial(reference.make_score, temperature=temperature)
         self.score = jit(
-            reference.make_score(ref_cfg, width=self.objective.width, micro_batches=micro_batches),
+            score(ref_cfg, width=self.objective.width, micro_batches=micro_batches),
             out_shardings=sharding.row_sharding(mesh),
         )
         # Rows outside of training come in batches of a micro-batch's size already.
-        self.score_once = jit(reference.make_score(ref_cfg), out_shardings=sharding.row_sharding(mesh))
+        self.score_once = jit(score(ref_cfg), out_shardings=sharding.row_sharding(mesh))
+        self.score_policy = jit(score(cfg), out_shardings=sharding.row_sharding(mesh))
         self.examples = jit(self.objective.examples, out_shardings=whole)
         self.gradients = step_lib.make_gradients(self.objective, gradient_accumulation_steps=micro_batches)
         self.sync: Any = None

@@ -33,20 +33,21 @@ VERSION = 1  # of the file, and of whatever changes the numbers in it
 LEAVES = ("tokens", "positions", "mask", "shared_prefix", "segment_ids", "prefix_ids")  # that scoring looks at
 
 
-def make_score(cfg: ModelConfig, *, width: int = 2, micro_batches: int = 1) -> Score:
+def make_score(cfg: ModelConfig, *, width: int = 2, micro_batches: int = 1, temperature: float = 1.0) -> Score:
     """A function (params, batch) -> token log-probs [R, T] float32 of the masked tokens; jit it.
 
     The batch, whose examples have `width` sequences, is scored in as many parts as the train step uses, so that scoring
-    needs no more memory than training.
+    needs no more memory than training. Logits are divided by `temperature`.
     """
+    options: dict[str, Any] = {} if temperature == 1 else {"temperature": temperature}
 
     def score(params: models.Params, batch: Batch) -> jax.Array:
         batch = {name: batch[name] for name in LEAVES if name in batch}
         if micro_batches == 1:
-            return logprobs.score(cfg, params, batch)["logps"]
+            return logprobs.score(cfg, params, batch, **options)["logps"]
         together = 1 if "segment_ids" in batch else width  # rows that a part holds all of
         micros = step.split_batch(batch, micro_batches, together)
-        logps = jax.lax.map(lambda micro: logprobs.score(cfg, params, micro)["logps"], micros)
+        logps = jax.lax.map(lambda micro: logprobs.score(cfg, params, micro, **options)["logps"], micros)
         return step.join_batch(logps, together)
 
     return score
@@ -139,31 +140,53 @@ def cached(
     if (found := _read(path, int(prepared.lengths.sum()))) is not None:
         log.info("reference log-probs of %d examples from the cache %s", len(prepared), path)
         return Cached(prepared, found)
+    result = score_all(
+        prepared,
+        score,
+        params(),
+        mesh=mesh,
+        batch_size=batch_size,
+        on_progress=on_progress,
+        buckets=buckets,
+        packing=packing,
+        packed_length=packed_length,
+    )
+    content = io.BytesIO()
+    np.savez(content, logps=result.logps)
+    keep(path, content.getvalue())
+    return result
+
+
+def score_all(
+    prepared: Prepared,
+    score: Score,
+    params: models.Params,
+    *,
+    mesh: Any,
+    batch_size: int,
+    on_progress: Callable[[int, int], object] = lambda done, total: None,
+    **rows: Any,
+) -> Cached:
+    """The log-probs of all rows, scored now; as `cached`, on every process. `rows`: buckets, packing, packed_length."""
     result = Cached(prepared, np.zeros(int(prepared.lengths.sum()), np.float32))
     batches = EvalBatches(
         prepared,
         batch_size=batch_size,
-        buckets=buckets,
-        packing=packing,
-        packed_length=packed_length,
+        **rows,
         row_multiple=sharding.axis_size(sharding.ROWS, mesh),
         rows=functools.partial(sharding.process_rows, mesh),
     )
     on_progress(0, len(batches))
-    weights = params()
     whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
     for n in range(len(batches)):
         layout = batches.layout(n)
         # Every process keeps the log-probs of all rows: a shuffled batch may ask it for any of them.
-        logps_RT = np.asarray(whole(score(weights, place(mesh, batches[n]))))
+        logps_RT = np.asarray(whole(score(params, place(mesh, batches[n]))))
         for row, slot in np.argwhere(layout.examples != FILLER):
             last = result.span(int(layout.examples[row, slot]), int(layout.sequences[row, slot])).stop
             start, count = int(layout.starts[row, slot]), int(layout.counts[row, slot])
             result.logps[last - count : last] = logps_RT[row, start : start + count]
         on_progress(n + 1, len(batches))
-    content = io.BytesIO()
-    np.savez(content, logps=result.logps)
-    keep(path, content.getvalue())
     return result
 
 

@@ -1,81 +1,55 @@
-"""Prompts -> sampled tokens: one prefill, then a decode loop over a key/value cache that is updated in place.
+"""Prompts -> sampled tokens, by the trainer's own weights and code: the host's side of it (`decoding.py` the devices').
 
-The weights and the code are the trainer's own. Prompts are padded on the left, which happens nowhere else in this
-project. What a request asks for (temperature, lengths, stop ids, key) is data: changing it compiles nothing anew.
+Slots decode together in segments of some tokens; between two of them the host collects what has ended and gives its
+slots to the prompts that wait, so a batch does not wait for its slowest row. What a request asks for (`make_limits`),
+its key and its prompt are data: changing them compiles nothing anew. There is one program to decode, and one to read
+prompts for each bucket of their lengths.
 
-Letters: B requests, P prompt slots, N new tokens, S stop ids, D model, V vocabulary.
+Letters: B requests, N new tokens at most, R slots, F prompts that are read at once, P their width.
 """
 
-import functools
-from collections.abc import Sequence
+import collections
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxalign import models, sharding
+from jaxalign import decoding, sharding
+from jaxalign.filters import NO_ID, Limits, make_limits
 from jaxalign.models import ModelConfig, Params
-from jaxalign.models.attention import HEADS
-from jaxalign.models.embedding import vocab_axes
 
-NO_STOP = -1  # fills rows of stop_ids; equal to no token
-_STOP_COLUMNS = 4  # stop_ids are this wide, or a multiple, so that models with 1 and with 3 share a program
+__all__ = ["Limits", "Program", "Samples", "bucket", "make_limits", "programs", "request_keys", "sample"]
 
+SEGMENT = 32  # tokens between two looks of the host
+PROMPT_MULTIPLE = 32  # lengths of prompts are padded to buckets of this
+# Tokens that one program reads into the cache at once, by platform, on each group of devices that shares rows. What
+# waits on the shelf costs its place there and no time, so these are enough to use the devices well.
+PREFILL_TOKENS = {"cpu": 256, "gpu": 2048, "tpu": 2048}
+REFILL_SHARE = 8  # while requests wait, the host looks when one slot in so many is free
 
-class Limits(NamedTuple):
-    """What each request asks for, one entry a row (see `make_limits`).
-
-    temperature [B] float32, 0 is greedy; max_new [B] int32, 0 makes a row a mere filler; stop_ids [B, S] int32, filled
-    up with -1.
-    """
-
-    temperature: Any
-    max_new: Any
-    stop_ids: Any
+_NOBODY = -1  # whose slot is free
 
 
 class Samples(NamedTuple):
-    """What `generate` returns, all [B, N].
+    """What `sample` returns, NumPy arrays [B, N], in every process the same.
 
-    tokens int32: the completion, its stop id included, then padding. mask bool: True on the completion. logps float32:
-    log-probability of each token under the model, at temperature 1. sampling_logps float32: under the distribution that
-    it was drawn from (0 where that is greedy, for then it was certain). Both are 0 where mask is False.
+    tokens int32: the completion, its stop id included, then padding (cfg.pad_token_id or 0). mask bool: True on the
+    completion. Log-probabilities of its tokens, float32, 0 where mask is False:
+
+    logps: under the model, at temperature 1. `logprobs.score` of the same tokens gives the same.
+    sampling_logps: under what it was drawn from, with temperature, penalty and filters; 0 where that is greedy: it
+      was certain. vLLM's "processed" log-probs, from which TRL's `sampling/sampling_logp_difference` is taken.
+    scaled_logps: under the model at the request's temperature (at 1 where that is greedy), unfiltered.
+      `logprobs.token_stats(temperature=...)` gives the same, so this is what a policy loss's own log-probs compare
+      with, whatever the filters. All three agree where the temperature is 1 and nothing is filtered.
     """
 
-    tokens: jax.Array
-    mask: jax.Array
-    logps: jax.Array
-    sampling_logps: jax.Array
-
-
-def make_limits(
-    rows: int,
-    *,
-    temperature: float | Sequence[float] = 0.0,
-    max_new: int | Sequence[int],
-    stop_ids: Sequence[int] = (),
-) -> Limits:
-    """`Limits` of `rows` requests: numbers for all of them, or one a row; the stop ids are common.
-
-    Raises:
-      ValueError: a negative or non-finite temperature, a negative max_new or stop id, or another number of entries.
-    """
-    temperature_B = np.asarray(temperature, np.float32)
-    max_new_B = np.asarray(max_new, np.int32)
-    for name, values in (("temperature", temperature_B), ("max_new", max_new_B)):
-        if values.shape not in ((), (rows,)):
-            raise ValueError(f"{name} has shape {values.shape}, expected one number or one for each of {rows} rows")
-        if not np.all(np.isfinite(values) & (values >= 0)):
-            raise ValueError(f"{name} is {values.tolist()}, expected finite numbers of at least 0")
-    ids = sorted(set(stop_ids))
-    if ids and ids[0] < 0:
-        raise ValueError(f"stop ids are {ids}, expected token ids, which are at least 0")
-    columns = max(_round_up(len(ids), _STOP_COLUMNS), _STOP_COLUMNS)
-    stops = np.full((rows, columns), NO_STOP, np.int32)
-    stops[:, : len(ids)] = ids
-    return Limits(np.broadcast_to(temperature_B, (rows,)), np.broadcast_to(max_new_B, (rows,)), stops)
+    tokens: np.ndarray
+    mask: np.ndarray
+    logps: np.ndarray
+    sampling_logps: np.ndarray
+    scaled_logps: np.ndarray
 
 
 def request_keys(seed: int, requests: Sequence[int] | np.ndarray) -> jax.Array:
@@ -84,23 +58,6 @@ def request_keys(seed: int, requests: Sequence[int] | np.ndarray) -> jax.Array:
 
 
 _fold_in = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
-
-
-def left_pad(
-    prompts: Sequence[Sequence[int] | np.ndarray], pad_id: int, multiple: int = 32
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as one array, padded on the left to a bucket (see `bucket`).
-
-    Returns:
-      prompts_BP int32 and prompt_mask_BP bool, True on real tokens. An empty prompt is a row of padding (a filler).
-    """
-    width = bucket(max(len(prompt) for prompt in prompts), multiple)
-    prompts_BP = np.full((len(prompts), width), pad_id, np.int32)
-    mask_BP = np.zeros((len(prompts), width), bool)
-    for row, prompt in enumerate(prompts):
-        prompts_BP[row, width - len(prompt) :] = prompt
-        mask_BP[row, width - len(prompt) :] = True
-    return prompts_BP, mask_BP
 
 
 def bucket(length: int, multiple: int) -> int:
@@ -121,126 +78,226 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def filter_logits(logits_BV: jax.Array, limits: Limits) -> jax.Array:
-    """The logits of the distribution that is sampled from; a greedy row takes their maximum.
-
-    Args:
-      logits_BV: float32, the model's.
-
-    Returns:
-      float32 [B, V], up to a constant a row: the maximum is 0, so that no temperature overflows.
-    """
-    temperature_B = jnp.where(limits.temperature > 0, limits.temperature, 1.0)
-    return (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B[:, None]
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "max_new_tokens"))
-def generate(
+def sample(
     cfg: ModelConfig,
     params: Params,
-    prompts_BP: jax.Array,
-    prompt_mask_BP: jax.Array,
+    prompts: Sequence[Sequence[int] | np.ndarray],
     keys_B: jax.Array,
     limits: Limits,
     *,
     max_new_tokens: int,
+    n: int = 1,
+    slots: int | None = None,
+    max_prompt_tokens: int | None = None,
+    segment_tokens: int = SEGMENT,
+    stop: Callable[[Sequence[int]], int | None] | None = None,
+    on_tokens: Callable[[int, list[int]], object] | None = None,
+    on_progress: Callable[[int, int], object] | None = None,
 ) -> Samples:
-    """Samples a completion of each prompt. One program for the prefill and the loop, which ends when every row has.
+    """Samples n completions of each prompt; request p * n + j is completion j of prompt p, and B is all of them.
+
+    On a mesh call this under `sharding.use_mesh`, in every process alike and with the same arguments. What a request
+    gets depends on its prompt, key and limits: for one number of slots, what shares them changes no more than the last
+    bits of log-probs (its sums begin elsewhere in the ring).
 
     Args:
-      cfg: static; cfg.pad_token_id (0 where there is none) fills finished rows.
-      prompts_BP, prompt_mask_BP: int32 and bool, padded on the left (`left_pad`).
-      keys_B: one typed PRNG key a request. Its token n is drawn with fold_in(key, n), so what shares its batch does not
-        matter; a greedy row draws nothing.
-      limits: one entry a row. A row ends with a stop id or after min(max_new, max_new_tokens) tokens.
-      max_new_tokens: static, N.
+      cfg: static.
+      params: as `models.apply` takes them, or what `decoding.view` has made of them (for many calls with the same).
+      prompts: token ids, at least one each. A prompt is read once for its n completions.
+      keys_B: one typed key a request. Its token i is drawn with fold_in(key, i); a greedy row draws nothing.
+      limits: B entries. A completion ends with a stop id or after min(max_new, max_new_tokens) tokens.
+      max_new_tokens: N, static.
+      slots: rows that decode at once, rounded up to what the mesh divides; None: all B.
+      max_prompt_tokens: the longest prompt that any call will have, so that all calls share their programs; None: the
+        longest of this one.
+      segment_tokens: between two looks of the host, static. What `stop` ends has run on for fewer than these.
+      stop: gets a completion's tokens so far and says how many of them are kept if it ends there, otherwise None.
+      on_tokens: gets a request's number and its new tokens, after every segment.
+      on_progress: gets the number of finished requests and of sampled tokens, after every segment; it may raise.
 
     Raises:
-      ValueError: the model has a score head in place of its language-model head.
+      ValueError: the model has a score head in place of its language-model head; an empty prompt, or one longer than
+        max_prompt_tokens; keys or limits of another number; a number below 1.
     """
+    n_requests = len(prompts) * n
+    limits = jax.tree.map(np.asarray, limits)
+    longest = max_prompt_tokens or max(map(len, prompts), default=1)
+    numbers = {
+        "max_new_tokens": max_new_tokens,
+        "n": n,
+        "segment_tokens": segment_tokens,
+        "slots": 1 if slots is None else slots,
+    }
+    _check(cfg, prompts, longest, {"keys": len(keys_B), "limits": len(limits.max_new)}, n_requests, numbers)
+    limits = limits._replace(max_new=np.minimum(limits.max_new, max_new_tokens))
+    waiting = collections.deque(np.flatnonzero(limits.max_new > 0).tolist())
+    finished = n_requests - len(waiting)
+    out = Samples(*(np.zeros((n_requests, max_new_tokens), dtype) for dtype in (np.int32, bool, *(np.float32,) * 3)))
+    lengths_B = np.zeros(n_requests, np.int64)
+
+    rows, places = _shape(n_requests, slots, longest, max_new_tokens)
+    owner_R = np.full(rows, _NOBODY)
+    if waiting:
+        key_data_B = np.asarray(jax.random.key_data(keys_B))
+        if not decoding.is_view(params):
+            params = decoding.view(cfg, params)
+        stacked = not decoding.is_view(params)
+        state = decoding.empty(cfg, rows, places, stacked=stacked, keys=key_data_B[:1], limits=_take(limits, [0]))
+    shelf: Any = None  # prompts that were read,
+    shelved: dict[int, int] = {}  # and where each lies there
+
+    while waiting or np.any(owner_R != _NOBODY):
+        while waiting and np.any(owner_R == _NOBODY):
+            if waiting[0] // n not in shelved:
+                shelved, *read = _next_prompts(prompts, waiting, n)
+                shelf = decoding.prefill(cfg, params, *read)
+            source_R = np.full(rows, _NOBODY, np.int32)
+            for row in np.flatnonzero(owner_R == _NOBODY):
+                if not waiting or waiting[0] // n not in shelved:
+                    break
+                owner_R[row] = waiting.popleft()
+                source_R[row] = shelved[owner_R[row] // n]
+            requests_R = np.maximum(owner_R, 0)
+            owners = [prompts[request // n] for request in requests_R]
+            filling = decoding.Filling(
+                source_R,
+                np.array([prompt[-1] for prompt in owners], np.int32),
+                np.array([len(prompt) - 1 for prompt in owners], np.int32),
+                key_data_B[requests_R],
+                _take(limits, requests_R),
+            )
+            state = decoding.fill(cfg, state, shelf, filling)
+
+        live_R = owner_R != _NOBODY
+        # While requests wait, a few free slots are worth a look; otherwise the last row ends the segment.
+        floor = max(int(live_R.sum()) - max(rows // REFILL_SHARE, 1), 0) if waiting else 0
+        state, drawn = decoding.segment(
+            cfg, params, state, live_R, np.int32(floor), length=min(segment_tokens, max_new_tokens)
+        )
+        drawn = jax.tree.map(np.asarray, drawn)
+        for row in np.flatnonzero(live_R):
+            request, count = owner_R[row], drawn.counts[row]
+            start, end = lengths_B[request], lengths_B[request] + count
+            for collected, new in zip((out.tokens, *out[2:]), drawn[:4], strict=True):
+                collected[request, start:end] = new[row, :count]
+            keep = stop(out.tokens[request, :end].tolist()) if stop is not None else None
+            if keep is not None:
+                end = min(keep, end)
+            lengths_B[request] = end
+            if on_tokens is not None and end > start:
+                on_tokens(int(request), out.tokens[request, start:end].tolist())
+            if keep is not None or not drawn.live[row]:
+                owner_R[row] = _NOBODY
+                finished += 1
+        if on_progress is not None:
+            on_progress(finished, int(lengths_B.sum()))
+    out.mask[:] = np.arange(max_new_tokens) < lengths_B[:, None]
+    for values, filler in zip((out.tokens, *out[2:]), (cfg.pad_token_id or 0, 0, 0, 0), strict=True):
+        values[~out.mask] = filler
+    return out
+
+
+def _check(
+    cfg: ModelConfig,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    longest: int,
+    entries: Mapping[str, int],
+    n_requests: int,
+    numbers: Mapping[str, int],
+) -> None:
     if cfg.num_labels:
         raise ValueError(f"the model has a score head (num_labels={cfg.num_labels}); generation needs a language model")
-    rows, width = prompts_BP.shape
-    params = models.as_used(cfg, params)  # once instead of at every token
-    pad_id = cfg.pad_token_id or 0
-
-    segments_BP = prompt_mask_BP.astype(jnp.int32)
-    lengths_B = segments_BP.sum(axis=1)
-    positions_BP = jnp.maximum(jnp.cumsum(segments_BP, axis=1) - 1, 0)
-    # The last new token is never run through the model, so it needs no slot.
-    empty = _init_cache(cfg, rows, width + max_new_tokens - 1)
-    hidden_BPD, cache = models.apply(cfg, params, prompts_BP, positions_BP, segments_BP, cache=empty)
-
-    def choose(n: Any, hidden_B1D: jax.Array, done_B: jax.Array, samples: Samples) -> tuple[Any, ...]:
-        """Token n of every row: (tokens_B, done_B, samples with column n filled in)."""
-        logits_BV = _logits(cfg, params, hidden_B1D)
-        filtered_BV = filter_logits(logits_BV, limits)
-        tokens_B = _draw(filtered_BV, keys_B, n, limits.temperature)
-        column = Samples(
-            jnp.where(done_B, pad_id, tokens_B),
-            ~done_B,
-            jnp.where(done_B, 0.0, _logp(logits_BV, tokens_B)),
-            jnp.where(done_B | (limits.temperature == 0), 0.0, _logp(filtered_BV, tokens_B)),
-        )
-        samples = jax.tree.map(
-            lambda all_BN, new_B: lax.dynamic_update_slice_in_dim(all_BN, new_B[:, None], n, axis=1), samples, column
-        )
-        stopped_B = jnp.any(column.tokens[:, None] == limits.stop_ids, axis=1)
-        return column.tokens, done_B | stopped_B | (n + 1 >= limits.max_new), samples
-
-    def step(carry: Any) -> Any:
-        n, tokens_B, done_B, cache, samples = carry
-        hidden_B1D, cache = models.apply(
-            cfg,
-            params,
-            tokens_B[:, None],
-            (lengths_B + n - 1)[:, None],
-            (~done_B).astype(jnp.int32)[:, None],
-            cache=cache,
-        )
-        tokens_B, done_B, samples = choose(n, hidden_B1D, done_B, samples)
-        return n + 1, tokens_B, done_B, cache, samples
-
-    shape = (rows, max_new_tokens)
-    samples = Samples(jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape), jnp.zeros(shape))
-    done_B = limits.max_new <= 0
-    tokens_B, done_B, samples = choose(jnp.int32(0), hidden_BPD[:, -1:], done_B, samples)
-    *_, samples = lax.while_loop(
-        lambda carry: (carry[0] < max_new_tokens) & ~jnp.all(carry[2]),
-        step,
-        (jnp.int32(1), tokens_B, done_B, cache, samples),
-    )
-    # Small, and every process reads them: each device gets them whole.
-    return jax.tree.map(lambda x_BN: sharding.constrain(x_BN, None, None), samples)
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} is {number}, expected at least 1")
+    for name, given in entries.items():
+        if given != n_requests:
+            raise ValueError(f"{name} has {given} entries, expected one for each of {n_requests} requests")
+    for number, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= longest:
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens, expected 1 to max_prompt_tokens={longest}")
 
 
-def _init_cache(cfg: ModelConfig, rows: int, length: int) -> Params:
-    cache = models.init_cache(cfg, rows, length)
-    for name in ("k", "v"):
-        cache[name] = sharding.constrain(cache[name], None, sharding.ROWS, None, HEADS, None)
-    return cache
+def _take(limits: Limits, requests: Any) -> Limits:
+    taken: Limits = jax.tree.map(lambda x: x[requests], limits)
+    return taken
 
 
-def _logits(cfg: ModelConfig, params: Params, hidden_B1D: jax.Array) -> jax.Array:
-    """[B, V] float32. On a mesh the rows travel to the head's slices, not the head to the rows."""
-    mesh = sharding.current_mesh()
-    axes = () if mesh is None else vocab_axes(models.head_table(cfg, params), mesh)
-    hidden_B1D = sharding.constrain(hidden_B1D, "data", None, None)
-    return sharding.constrain(models.unembed(cfg, params, hidden_B1D), "data", None, axes)[:, 0]
+def _shape(n_requests: int, slots: int | None, max_prompt_tokens: int, max_new_tokens: int) -> tuple[int, int]:
+    """(rows that decode at once, places of the ring), on the current mesh."""
+    rows = _round_up(min(n_requests if slots is None else slots, n_requests), sharding.axis_size(sharding.ROWS))
+    return rows, bucket(max_prompt_tokens - 1, PROMPT_MULTIPLE) + max_new_tokens
 
 
-def _draw(filtered_BV: jax.Array, keys_B: jax.Array, n: Any, temperature_B: jax.Array) -> jax.Array:
-    """One token id a row [B] int32: greedy where the temperature is 0. All greedy draws no random numbers at all."""
-    greedy_B = jnp.argmax(filtered_BV, axis=-1)
-
-    def draw() -> jax.Array:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, n)
-        drawn_B = jax.vmap(jax.random.categorical)(keys, filtered_BV)
-        return jnp.where(temperature_B > 0, drawn_B, greedy_B)
-
-    return lax.cond(jnp.any(temperature_B > 0), draw, lambda: greedy_B).astype(jnp.int32)
+def _read_at_once(width: int, n_prompts: int) -> int:
+    """How many prompts of a bucket are read by one program, on the current mesh."""
+    shards = sharding.axis_size(sharding.ROWS)
+    fitting = max(PREFILL_TOKENS[sharding.platform()] // width, 1) * shards
+    return min(fitting, _round_up(n_prompts, shards))
 
 
-def _logp(logits_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
-    chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+def _next_prompts(
+    prompts: Sequence[Sequence[int] | np.ndarray], waiting: collections.deque[int], n: int
+) -> tuple[dict[int, int], np.ndarray, np.ndarray]:
+    """The prompts that are read next: ({prompt: its row}, tokens [F, P] padded with -1, lengths [F])."""
+    rows: dict[int, int] = {}
+    width = 0
+    for prompt in dict.fromkeys(request // n for request in waiting):
+        wider = max(width, bucket(len(prompts[prompt]) - 1, PROMPT_MULTIPLE))
+        if rows and len(rows) >= _read_at_once(wider, len(prompts)):
+            break
+        rows[prompt], width = len(rows), wider
+    n_rows = _read_at_once(width, len(prompts))
+    tokens_FP, lengths_F = np.full((n_rows, width), NO_ID, np.int32), np.zeros(n_rows, np.int32)
+    for prompt, row in rows.items():
+        ids = prompts[prompt][:-1]  # the last one is what decoding begins with
+        tokens_FP[row, : len(ids)], lengths_F[row] = ids, len(ids)
+    return rows, tokens_FP, lengths_F
+
+
+class Program(NamedTuple):
+    """One of the programs that a call of `sample` would run, for those who only compile it."""
+
+    rows: tuple[int, int]
+    arguments: Any
+    lower: Callable[[], Any]
+
+
+def programs(
+    cfg: ModelConfig,
+    params: Params,
+    *,
+    n_prompts: int,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    n: int = 1,
+    slots: int | None = None,
+    segment_tokens: int = SEGMENT,
+) -> dict[str, Program]:
+    """What `sample` would run, by name, with abstract arguments: "prefill" of the longest prompts, and "decode".
+
+    Args:
+      params: abstract, with shardings. Weights stay beside those of the view that are not the same arrays.
+    """
+    rows, places = _shape(n_prompts * n, slots, max_prompt_tokens, max_new_tokens)
+    width = places - max_new_tokens
+    weights = _abstract(decoding.view, cfg, params)
+    stacked = not decoding.is_view(weights)
+    keys = jax.eval_shape(lambda: jax.random.key_data(request_keys(0, [0])))
+    limits = make_limits(1, max_new=1)
+    state = _abstract(decoding.empty, cfg, rows, places, stacked=stacked, keys=keys, limits=limits)
+    read = _read_at_once(width, n_prompts)
+    prompts = weights, np.zeros((read, width), np.int32), np.zeros(read, np.int32)
+    decode = weights, state, np.zeros(rows, bool), np.int32(0)
+    length = min(segment_tokens, max_new_tokens)
+    return {
+        "prefill": Program((read, width), prompts, lambda: decoding.prefill.lower(cfg, *prompts)),
+        "decode": Program((rows, places), decode, lambda: decoding.segment.lower(cfg, *decode, length=length)),
+    }
+
+
+def _abstract(program: Any, *arguments: Any, **static: Any) -> Any:
+    """What a program returns, as ShapeDtypeStructs with their shardings."""
+    lowered = program.lower(*arguments, **static)
+    placed = lowered.compile().output_shardings
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lowered.out_info, placed)

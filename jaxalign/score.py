@@ -13,6 +13,7 @@ end is cut off. `score` does the same from Python. One process scores, on all de
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -34,7 +35,12 @@ CHUNK = 64  # batches whose rows are sorted by length together: what stays in me
 MAX_LENGTH = 512
 RESPONSES = ("response", "completion")
 
-_outputs = jax.jit(objectives.score, static_argnums=0)
+
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(cfg: ModelConfig, params: Params, batch: objectives.Batch) -> jax.Array:
+    """`objectives.score`, whole on every device."""
+    values = objectives.score(cfg, params, batch)
+    return sharding.constrain(values, *(None,) * values.ndim)
 
 
 def score(
@@ -65,14 +71,7 @@ def score(
     Raises:
       ValueError: no score head, another number of weights, or a row that is none of the above or has the column.
     """
-    if not cfg.num_labels:
-        raise ValueError(
-            "the model is a language model without a score head; scores come from a reward model "
-            "(...ForSequenceClassification), which loss.name=reward trains"
-        )
-    weights = weights or cfg.reward_weights or (1 / cfg.num_labels,) * cfg.num_labels
-    if len(weights) != cfg.num_labels:
-        raise ValueError(f"{len(weights)} weights were given for the {cfg.num_labels} outputs of the model")
+    weights_K = sum_weights(cfg, weights)
     max_length = min(max_length, cfg.max_position_embeddings)
     names = cfg.labels or tuple(map(str, range(cfg.num_labels)))
     groups = sharding.axis_size(sharding.ROWS, mesh)
@@ -85,20 +84,41 @@ def score(
                 sequences.append(ids[:max_length])
                 owners.append((place, suffix))
         scored = [dict(row) for _, row in chunk]
-        found = _values(cfg, params, sequences, size, max_length, mesh)
-        for (place, suffix), values in zip(owners, found, strict=True):
-            scored[place][f"{column}{suffix}"] = float(values @ np.asarray(weights))
+        found = values(cfg, params, sequences, size, max_length, mesh)
+        for (place, suffix), outputs in zip(owners, found, strict=True):
+            scored[place][f"{column}{suffix}"] = float(outputs @ weights_K)
             if cfg.num_labels > 1:
-                scored[place][f"{column}s{suffix}"] = dict(zip(names, values.tolist(), strict=True))
+                scored[place][f"{column}s{suffix}"] = dict(zip(names, outputs.tolist(), strict=True))
         yield from scored
 
 
-def _values(
+def sum_weights(cfg: ModelConfig, weights: Sequence[float] | None = None) -> np.ndarray:
+    """What each of the model's K outputs counts in its score, [K] float64; see `score`.
+
+    Raises:
+      ValueError: no score head, or another number of weights.
+    """
+    if not cfg.num_labels:
+        raise ValueError(
+            "the model is a language model without a score head; scores come from a reward model "
+            "(...ForSequenceClassification), which loss.name=reward trains"
+        )
+    weights = weights or cfg.reward_weights or (1 / cfg.num_labels,) * cfg.num_labels
+    if len(weights) != cfg.num_labels:
+        raise ValueError(f"{len(weights)} weights were given for the {cfg.num_labels} outputs of the model")
+    return np.asarray(weights, np.float64)
+
+
+def values(
     cfg: ModelConfig, params: Params, sequences: Sequence[Sequence[int]], size: int, max_length: int, mesh: Any
 ) -> np.ndarray:
-    """The head's outputs [N, K] float64 of token sequences, `size` of them at a time, the longest first."""
+    """The head's outputs [N, K] float64 of token sequences, `size` of them at a time, the longest first.
+
+    Several processes call it alike, under `sharding.use_mesh(mesh)`.
+    """
+    own = slice(None) if mesh is None else sharding.process_rows(mesh, size)
     order = sorted(range(len(sequences)), key=lambda n: -len(sequences[n]))
-    values = np.zeros((len(sequences), cfg.num_labels))
+    outputs = np.zeros((len(sequences), cfg.num_labels))
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         length = bucket_of(len(sequences[batch[0]]), default_buckets(max_length))
@@ -108,9 +128,10 @@ def _values(
             tokens_RT[row, : len(sequences[n])] = sequences[n]
             ends_R1[row] = len(sequences[n]) - 1
         positions_RT = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_RT.shape)
-        placed = sharding.place_batch(mesh, {"tokens": tokens_RT, "positions": positions_RT, "ends": ends_R1}, size)
-        values[batch] = np.asarray(_outputs(cfg, params, placed)).reshape(size, -1)[: len(batch)]
-    return values
+        leaves = {"tokens": tokens_RT, "positions": positions_RT, "ends": ends_R1}
+        placed = sharding.place_batch(mesh, {name: leaf[own] for name, leaf in leaves.items()}, size)
+        outputs[batch] = np.asarray(_outputs(cfg, params, placed)).reshape(size, -1)[: len(batch)]
+    return outputs
 
 
 def _encode(tokenizer: Any, row: Any, number: int, column: str, as_chat: bool) -> Iterator[tuple[str, list[int]]]:
@@ -136,7 +157,7 @@ def _encode(tokenizer: Any, row: Any, number: int, column: str, as_chat: bool) -
                 f"row {number} has a column {column}{suffix} already: give the new one another name (column)"
             )
         try:
-            ids = _ids(tokenizer, prompt, answer, as_chat)
+            ids = encode(tokenizer, prompt, answer, as_chat)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
         if not ids:
@@ -144,8 +165,12 @@ def _encode(tokenizer: Any, row: Any, number: int, column: str, as_chat: bool) -
         yield suffix, ids
 
 
-def _ids(tokenizer: Any, prompt: Any, answer: Any, as_chat: bool) -> list[int]:
-    """Token ids of prompt + answer, as training has them."""
+def encode(tokenizer: Any, prompt: Any, answer: Any, as_chat: bool = False) -> list[int]:
+    """Token ids of prompt + answer (text, or chat messages), as training has them; `as_chat` as of `score`.
+
+    Raises:
+      ValueError: one is neither, or messages meet a tokenizer without a chat template.
+    """
     if isinstance(answer, str) and not as_chat and (prompt is None or isinstance(prompt, str)):
         text, end = (prompt or "") + answer, tokenizer.eos_token or ""
         return chat.encode_prompt(tokenizer, text if text.endswith(end) else text + end)

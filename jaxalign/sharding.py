@@ -147,9 +147,7 @@ def sum_scatter(x: jax.Array, axes: str | tuple[str, ...], dimension: int) -> ja
     if platform() != "cpu":
         return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
     size = x.shape[dimension] // axis_size(axes)
-    return jax.lax.dynamic_slice_in_dim(
-        jax.lax.psum(x, axes), jax.lax.axis_index(axes) * size, size, axis=dimension
-    )
+    return jax.lax.dynamic_slice_in_dim(jax.lax.psum(x, axes), jax.lax.axis_index(axes) * size, size, axis=dimension)
 
 
 def param_shardings(mesh: jax.sharding.Mesh, declared: Any) -> Any:

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,23 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from jaxalign import build, checkpoint, diagnose, evals, hosts, lora, metrics, paths, reference, run_folder, sharding
+from jaxalign import (
+    build,
+    checkpoint,
+    diagnose,
+    evals,
+    hosts,
+    lora,
+    metrics,
+    paths,
+    reference,
+    rollout,
+    run_folder,
+    sharding,
+)
 from jaxalign import config as config_lib
 from jaxalign.signals import EXIT_PREEMPTED, Stopper
+from jaxalign.step import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +102,13 @@ def run(config: ConfigDict | Mapping[str, Any], dataset: Any = None, eval_datase
             data = build.load_data(config, folder / "dropped.jsonl", dataset, eval_dataset)
         mesh = sharding.make_mesh(**config.mesh.to_dict())
         with sharding.use_mesh(mesh), run_folder.open_checkpoints(config, folder) as checkpoints:
-            pieces = build.Run(config, mesh, data)
-            with explaining(pieces), Training(config, folder, pieces, stopper, checkpoints) as training:
-                with hosts.Watchdog(config.watchdog_minutes) as watchdog:
-                    pieces.on_progress = watchdog.beat
-                    training.begin()
-                    training.loop()
-                return training.finish()
+            with contextlib.closing(build.Run(config, mesh, data)) as pieces:
+                with explaining(pieces), Training(config, folder, pieces, stopper, checkpoints) as training:
+                    with hosts.Watchdog(config.watchdog_minutes) as watchdog:
+                        pieces.on_progress = watchdog.beat
+                        training.begin()
+                        training.loop()
+                    return training.finish()
 
 
 @dataclasses.dataclass
@@ -133,19 +147,21 @@ class Training:
             "base": pieces.base_hash,
         }
         self.compiled: set[tuple[tuple[int, ...], ...]] = set()
-        self.pending: tuple[int, metrics.Metrics, float] | None = None
+        self.pending: tuple[int, metrics.Metrics, float, dict[str, float]] | None = None
         self.trace: run_folder.Trace | None = None
         self.clock = time.perf_counter()  # when the step before was fetched
-        check_metrics(config, evals.names(pieces.objective))
+        check_metrics(config, evals.names(pieces.objective, pieces.reward_names))
 
-        restored = checkpoints.restore(pieces.state)
-        self.resumed = restored is not None
+        self.state = pieces.state  # abstract, until there is one
         self.progress, self.former = Progress(), self.meta["config"]
+        restored = checkpoints.restore(self.kept())
+        self.resumed = restored is not None
         if restored is not None:
             check_data(restored.meta["data"], self.meta["data"], force=config.resume == "force")
             if pieces.base_hash is not None:
                 lora.check_base(restored.meta["base"], pieces.base_hash, what=f"the adapter of the run in {folder}")
-            self.state, self.former = restored.state, restored.meta["config"]
+            self.take_up(restored.state)
+            self.former = restored.meta["config"]
             self.progress = Progress(**restored.meta["progress"])
         p, steps = self.progress, pieces.steps
         ended = p.step == steps or self.is_out_of_patience(p.evals_since_best)
@@ -199,46 +215,67 @@ class Training:
 
     def loop(self) -> None:
         """Trains from the step after the last one to the end."""
-        from jaxalign.data.batching import prefetch
-
         start, steps = self.progress.step, self.run.steps
         if self.progress.finished:
             return
         self.clock = time.perf_counter()
-        with contextlib.closing(prefetch(self.run.source, start, steps)) as batches:
-            for n, host_batch in enumerate(batches, start + 1):
+        with contextlib.closing(self.batches(start)) as batches:
+            for n in range(start + 1, steps + 1):
                 if self.stopper.should_stop(n - 1):
                     self.flush()
                     self.save_now()
                     raise Preempted(f"stopped and saved after step {self.progress.step} of {steps}")
                 self.profile(n)
-                self.step(n, host_batch)
+                self.step(n, next(batches))
                 if self.is_look_due(n) or self.is_save_due(n):
                     self.flush()
                     self.edge(n)
                     if self.progress.finished:
                         break
 
+    def batches(self, start: int) -> Generator[dict[str, np.ndarray], None, None]:
+        """The host batches from step `start` on: made ahead in threads, or with the weights when it is their turn."""
+        if self.run.rollouts is None:
+            from jaxalign.data.batching import prefetch
+
+            return prefetch(self.run.source, start, self.run.steps)
+        return (self.sampled(self.run.rollouts, n) for n in range(start, self.run.steps))
+
+    def sampled(self, rollouts: rollout.Rollouts, n: int) -> dict[str, np.ndarray]:
+        """The batch that step n + 1 learns from, sampled now if it begins a rollout; then a stop request is heard."""
+        if rollouts.has(n):
+            return rollouts.batch(n)
+        self.flush()  # the weights are waited for anyway, and what is saved at a stop has to be of one step
+        with self.stopper.during("generation", self.save_now):
+            batch = rollouts(n, self.run.whole(self.state.params), self.run.reference_of(self.state))
+        every = self.config.rollout.show_every
+        if every and -n % every < rollouts.updates:
+            rows = rollouts.shown()
+            self.writer.completions(n + 1, rows)
+            self.bar.message(evals.group(n + 1, rows))
+        return batch
+
     def step(self, n: int, host_batch: dict[str, np.ndarray]) -> None:
         """Dispatches step n (the first is 1), then fetches and logs the one before: the device never waits."""
         run = self.run
         flops = self.flops(host_batch)
         batch = run.place(host_batch)
-        ref_params = run.reference_of(self.state)
-        shapes = tuple(host_batch[name].shape for name in ("tokens", "shared_prefix") if name in host_batch)
+        ref_params = None if "ref_logps" in host_batch else run.reference_of(self.state)
+        shapes = tuple(leaf.shape for leaf in batch.values())
         if shapes not in self.compiled:
             self.flush()
-            self.compile(shapes, batch, ref_params)
+            self.compile(batch, ref_params)
+            self.compiled.add(shapes)
         if ref_params is not None:
             batch["ref_logps"] = run.score(ref_params, batch)
         self.state, found = run.train_step(self.state, run.base, batch)
         if run.sync is not None and n % self.config.reference.sync_every == 0:
             self.state = run.sync(self.state)
         self.flush()
-        self.pending = n, found, flops
+        self.pending = n, found, flops, self.of_rollout()
 
-    def compile(self, shapes: tuple[tuple[int, ...], ...], batch: Mapping[str, Any], ref_params: Any) -> None:
-        """Compiles the programs for rows (and a prefix) of `shapes`, for calls to find; a stop request is heard."""
+    def compile(self, batch: Mapping[str, Any], ref_params: Any) -> None:
+        """Compiles the programs for batches of these shapes, for calls to find; a stop request is heard."""
         began = time.perf_counter()
         batch = dict(batch)
         with self.aside(), self.stopper.during("compilation", self.save_now):
@@ -248,17 +285,16 @@ class Training:
                     batch["tokens"].shape, np.float32, sharding=sharding.row_sharding(self.run.mesh)
                 )
             self.run.train_step.lower(self.state, self.run.base, batch).compile()
-        self.compiled.add(shapes)
         rows = f"{len(batch['tokens'])} packed rows" if "segment_ids" in batch else "rows"
-        shared = f" ({shapes[1][1]} of them shared)" if shapes[1:] else ""
+        shared = f" ({batch['shared_prefix'].shape[1]} of them shared)" if "shared_prefix" in batch else ""
         seconds = time.perf_counter() - began
-        self.bar.message(f"compiled for {rows} of {shapes[0][1]} tokens{shared} in {seconds:.1f} s")
+        self.bar.message(f"compiled for {rows} of {batch['tokens'].shape[1]} tokens{shared} in {seconds:.1f} s")
 
     def flush(self) -> None:
         """Fetches the metrics of the pending step, checks them and writes its line."""
         if self.pending is None:
             return
-        (n, found, flops), self.pending = self.pending, None
+        (n, found, flops, sampled), self.pending = self.pending, None
         values = metrics.reduce(found)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
@@ -274,20 +310,34 @@ class Training:
         p.step = n
         self.run.on_progress(f"step {n}")
         p.num_tokens += tokens
-        values["epoch"] = n * self.config.batch_size / len(self.run.data.train)
+        values["epoch"] = n * self.run.examples_per_step / len(self.run.data.train)
         values["num_tokens"] = p.num_tokens
         if self.config.optim.nonfinite == "skip":
             values["skipped_steps"] = skipped
-        first = ("loss", "grad_norm", "learning_rate", *(name for name in values if name.startswith("rewards/")))
-        p.last_train = {name: values[name] for name in dict.fromkeys((*first, *values))}
-        values = {**p.last_train, "time/step": seconds, "time/tokens_per_second": tokens / seconds}
-        values["time/model_flops_per_second"] = flops / seconds
+        parts = {name: x for name, x in sampled.items() if name.startswith("time/")}
+        values |= {name: x for name, x in sampled.items() if name not in parts}
+        first = ["loss", "reward", "reward_std", "grad_norm", "learning_rate"]
+        first += [name for name in values if name.startswith("rewards/")]
+        p.last_train = {name: values[name] for name in dict.fromkeys([*first, *values]) if name in values}
+        update = seconds - sum(parts.values())
+        values = {**p.last_train, "time/step": seconds, **parts, "time/tokens_per_second": tokens / seconds}
+        if self.run.rollouts is not None:
+            values["time/update"] = update
+        values["time/model_flops_per_second"] = flops / update
         kind, n_devices = self.run.mesh.devices.flat[0].device_kind, self.run.mesh.size
-        if (share := metrics.mfu(flops, seconds, device_kind=kind, n_devices=n_devices)) is not None:
+        if (share := metrics.mfu(flops, update, device_kind=kind, n_devices=n_devices)) is not None:
             values["time/mfu"] = share
         if n % self.config.log.every == 0 or n == self.run.steps:
             self.writer.write(n, values)
         self.bar.update(n, values)
+
+    def of_rollout(self) -> dict[str, float]:
+        """What the rollout in use measured, and once the seconds that it took."""
+        rollouts = self.run.rollouts
+        if rollouts is None:
+            return {}
+        spent, rollouts.spent = rollouts.spent, {}
+        return {**rollouts.metrics(), **spent}
 
     def flops(self, host_batch: dict[str, np.ndarray]) -> float:
         """Model FLOPs of a step over all processes: forward and backward of the policy, forward of a live reference.
@@ -298,7 +348,8 @@ class Training:
         run, positions = self.run, host_batch["positions"]
         is_split = self.config.gradient_accumulation_steps > 1
         backward = 2 if run.frozen is None else 1
-        passes = 1 + backward + run.live_reference + (run.objective.couples and is_split)
+        scores = run.live_reference and "ref_logps" not in host_batch
+        passes = 1 + backward + scores + (run.objective.couples and is_split)
         if "segment_ids" in host_batch:
             real = host_batch["segment_ids"] > 0
         else:
@@ -420,6 +471,20 @@ class Training:
             return value, 0
         return p.best, p.evals_since_best + 1
 
+    def kept(self) -> Any:
+        """What a checkpoint holds: the state, beside it the rollout that a run is in the middle of where it samples."""
+        rollouts = self.run.rollouts
+        if rollouts is None:
+            return self.state
+        return {**self.state._asdict(), "rollout": rollouts.kept(self.progress.step)}
+
+    def take_up(self, kept: Any) -> None:
+        """Goes on with what `kept` gave."""
+        if self.run.rollouts is not None:
+            self.run.rollouts.restore(kept.pop("rollout"))
+            kept = TrainState(**kept)
+        self.state = kept
+
     def save(self, **eval_metrics: float) -> None:
         """Begins to save the state after `progress.step`; one that was saved unlooked-at is saved anew."""
         p = self.progress
@@ -428,7 +493,7 @@ class Training:
         record = {**self.meta, "progress": dataclasses.asdict(p)}
         with self.aside():
             force = p.step in self.checkpoints.steps()
-            self.checkpoints.save(p.step, self.state, record, metrics=eval_metrics, force=force)
+            self.checkpoints.save(p.step, self.kept(), record, metrics=eval_metrics, force=force)
         self.saved_at = time.monotonic()
 
     def save_now(self) -> None:
@@ -465,7 +530,7 @@ class Training:
 
     def samples(self) -> list[tuple[str, str, str]]:
         """(prompt, completion before, completion after) of the fixed prompts."""
-        rows = metrics.read_completions(self.folder)
+        rows = [row for row in metrics.read_completions(self.folder) if "advantage" not in row]
         first, last = ({r["prompt"]: r["completion"] for r in rows if r["step"] == n} for n in ends(rows))
         return [(prompt, first.get(prompt, ""), after) for prompt, after in last.items()]
 
@@ -489,12 +554,13 @@ def describe(config: ConfigDict, run: build.Run) -> str:
     a, mesh = config.gradient_accumulation_steps, run.mesh
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "1 device"
     kind, trained = run.data.train.kind, ""
+    made = kind if run.rollouts is None else "sampled completions"
     rows = f"{run.rows // a} rows" if config.data.packing == "off" else "packed rows"
     if run.frozen is not None:
         weights = sum(x.size for x in jax.tree.leaves(run.state.params))
         trained = f"; {weights:,} trained weights beside frozen ones"
     return (
-        f"a step: {config.batch_size} {kind} = {rows} x {a} accumulation on {mesh.size} "
+        f"a step: {config.batch_size} {made} = {rows} x {a} accumulation on {mesh.size} "
         f"{mesh.devices.flat[0].device_kind} ({axes}), {jax.process_count()} host(s); {run.steps} steps over "
         f"{len(run.data.train)} {kind}; {run.cfg.compute_dtype}, remat {run.cfg.remat}{trained}"
     )

@@ -73,6 +73,11 @@ def squared_error(before: Values, after: Values) -> dict[str, float]:
     return _ratio(before["loss"], after["loss"], after["scores"])
 
 
+def rewards(before: Values, after: Values) -> dict[str, float]:
+    """The mean reward of completions, an error over prompts."""
+    return _ratio(before["reward"], after["reward"], np.ones(len(before["reward"])))
+
+
 def _ratio(before: np.ndarray, after: np.ndarray, weight: np.ndarray) -> dict[str, float]:
     """sum / sum of weights before and after, and the change with its standard error over rows.
 
@@ -93,6 +98,7 @@ MEASURES = {
     "singles": ("reward margin", labelled_margins, +1),
     "chats": ("nats a token", nll, -1),
     "scored": ("squared error", squared_error, -1),
+    "prompts": ("reward", rewards, +1),
     "orpo": ("nats a token of the chosen conversation", row_nll, -1),
 }
 """Kind of data, or loss -> what is measured, how, and where it should move."""
@@ -111,14 +117,23 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     loss = config.loss.name
     what, how, sign = MEASURES[loss if loss in MEASURES else objectives.kind_of(loss)]
     seen: list[Values] = []
-    collect = evals.collect
+    collect, completion_metrics = evals.collect, evals.completion_metrics
 
     def keep(*args: Any, **options: Any) -> Values:
         seen.append(collect(*args, **options))
         return seen[-1]
 
+    def keep_rewards(names: Any, rewards_PNF: np.ndarray, reward_PN: np.ndarray, tokens_PN: np.ndarray) -> Any:
+        if tokens_PN.any():  # else it is called for the names alone
+            seen.append({"reward": reward_PN.mean(axis=1)})
+        return completion_metrics(names, rewards_PNF, reward_PN, tokens_PN)
+
     # Evaluation logs means; the error of a change takes the values of each example.
-    with mock.patch.object(evals, "collect", keep), tempfile.TemporaryDirectory() as folder:
+    with (
+        mock.patch.object(evals, "collect", keep),
+        mock.patch.object(evals, "completion_metrics", keep_rewards),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         config.workdir = folder
         began = time.perf_counter()
         train.run(config)

@@ -16,11 +16,12 @@ SCORE = logprobs.score
 
 @functools.cache
 def forward_and_pullback(cfg):
-    """(params, batch, cotangent of the log-probs) -> (token statistics, gradients); one program for all losses."""
+    """(params, batch, cotangent of the log-probs, temperature) -> (token statistics, gradients); one program for all
+    losses."""
 
-    def both(params, batch, cotangent):
+    def both(params, batch, cotangent, temperature=1.0):
         def score(params):
-            found = SCORE(cfg, params, batch, want=logprobs.STATISTICS)
+            found = SCORE(cfg, params, batch, want=logprobs.STATISTICS, temperature=temperature)
             return found["logps"], found
 
         _, pullback, stats = jax.vjp(score, params, has_aux=True)
@@ -37,10 +38,12 @@ def in_two_programs(objective, params, batch, monkeypatch):
 
     def call(mask, cotangent):
         of_model = ("tokens", "positions", "segment_ids", "prefix_ids")
-        return both(params, {**{name: batch[name] for name in of_model if name in batch}, "mask": mask}, cotangent)
+        rows = {**{name: batch[name] for name in of_model if name in batch}, "mask": mask}
+        return both(params, rows, cotangent, seen["temperature"])
 
-    def score(cfg, probe, batch, *, want=("logps",)):
-        seen["mask"] = np.asarray(batch["mask"])
+    def score(cfg, probe, batch, *, want=("logps",), temperature=1.0, differentiate=("logps",)):
+        assert differentiate == ("logps",)
+        seen.update(mask=np.asarray(batch["mask"]), temperature=np.float32(temperature))
         stats = call(seen["mask"], nothing)[0]
         return {name: stats[name] + probe if name == "logps" else stats[name] for name in want}
 
@@ -95,7 +98,7 @@ def formula(monkeypatch):
     Log-probs and hidden states then know nothing of rows, so that a test may move examples about, and need no compile.
     """
 
-    def score(cfg, params, batch, *, want=("logps",)):
+    def score(cfg, params, batch, *, want=("logps",), **_):
         del cfg
         logps_RT = log_probs(params["kernel"], batch)
         found = {"logps": logps_RT, "entropy": -logps_RT, "mean_logit": logps_RT / 2, "correct": batch["tokens"] % 2}

@@ -126,13 +126,15 @@ def test_a_cache_and_shared_prefixes_are_xlas(interpreted, monkeypatch):
     monkeypatch.setitem(flash.KERNELS, "splash", None)  # calling it would raise
     tokens = np.ones((1, 8), np.int32)
 
-    def trace(**call):
-        return jax.eval_shape(lambda p: models.apply(CFG, p, tokens, tokens, tokens, **call), models.abstract(CFG))
+    def trace(segments=tokens, **call):
+        return jax.eval_shape(lambda p: models.apply(CFG, p, tokens, tokens, segments, **call), models.abstract(CFG))
 
-    trace(cache=models.init_cache(CFG, 1, 8))
+    trace(None, cache=models.init_cache(CFG, 1, 16))
     trace(prefix_ids_RT=tokens)
     with pytest.raises(TypeError):
         trace()
+    with pytest.raises(TypeError):  # what fills a cache looks at itself alone
+        trace(None, cache=models.init_cache(CFG, 1, 8))
 
 
 # What is chosen

@@ -232,12 +232,13 @@ def test_accumulation_and_checkpointing_compute_the_same(bench):
     assert abs(whole["losses"][0] - case.first_loss) < 0.1 and len(whole["seconds"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("only", "said"),
     [
         ("tiny/dpo/32", r"\| tiny \| dpo \| 32 \| jaxalign \| none/1 \| \d"),
-        pytest.param("packing/32", r"\| xla, packed \| 32 \| \d", marks=pytest.mark.slow),
-        pytest.param("profile", r"During 4 steps .* the device was idle for \d", marks=pytest.mark.slow),
+        ("packing/32", r"\| xla, packed \| 32 \| \d"),
+        ("profile", r"During 4 steps .* the device was idle for \d"),
     ],
 )
 def test_the_whole_path_on_a_cpu_without_torch(only, said, tmp_path):

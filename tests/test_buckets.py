@@ -252,7 +252,7 @@ def test_checkpoints_keep_the_newest_and_the_best_and_restore(root):
     assert step == 2 and params["w"][0, 0] == 2
 
 
-@pytest.mark.parametrize("change", ["new", "anew", "aside"])
+@pytest.mark.parametrize("change", ["new", pytest.param("anew", marks=pytest.mark.slow), "aside"])
 def test_killed_at_any_moment_each_step_is_whole_or_not_there(bucket, root, change):
     """Every state that the bucket passes through is what a kill may leave."""
     with Checkpoints(root / "c", keep=2) as checkpoints:
@@ -347,6 +347,7 @@ def values(settings):
     return [f"--config.{name}={value}" for name, value in settings.items()]
 
 
+@pytest.mark.slow
 def test_tiny_trains_is_killed_resumes_elsewhere_and_exports_as_on_one_disk(bucket, root, tmp_path):
     sample = Path(train.__file__).parent / "data" / "samples" / "tiny_pairs.jsonl"
     paths.upload(sample, root / "pairs.jsonl")

@@ -438,6 +438,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_after_kill_9_during_saves_the_next_start_finds_the_last_committed_step(tmp_path):
     rng = random.Random(1)
     committed, left_unfinished = 0, 0

@@ -39,6 +39,7 @@ def problems(config, **kwargs):
 
 
 EVAL = {"data.eval.fraction": 0.1}
+REWARDED = {"rewards.functions": ("format",)}
 BEST = {"checkpoint.keep_best": 1, "checkpoint.best_metric": "eval_loss", "checkpoint.best_mode": "min"}
 
 
@@ -80,10 +81,10 @@ def test_no_key_is_a_place_for_a_secret():
 
 def test_every_option_of_every_loss_and_optimizer_has_a_key():
     from jaxalign import optim
-    from jaxalign.losses import LOSSES
+    from jaxalign.losses import LOSSES, POLICY, policy_options
 
-    for loss in LOSSES.values():
-        for option, default in loss.options.items():
+    for options in (*(loss.options for loss in LOSSES.values()), *map(policy_options, POLICY)):
+        for option, default in options.items():
             assert C.BY_NAME[f"loss.{option}"].default in (default, None)  # None: losses have different ones
     for name in optim.OPTIMIZERS:
         for option in optim.options(name):
@@ -233,6 +234,15 @@ def test_all_problems_come_at_once():
         ({"early_stopping.metric": "eval_loss", "early_stopping.mode": "min"}, "data.eval"),
         ({"early_stopping.metric": "eval_loss", "early_stopping.mode": "min", "eval.every": 0, **EVAL}, "eval.every"),
         ({"export.step": "best"}, "export.step"),
+        (
+            {
+                "loss.name": "vespo",
+                "loss.importance_sampling_correction": True,
+                "loss.importance_sampling_mode": "sequence_mask",
+                **REWARDED,
+            },
+            "vespo takes token_truncate or token_mask",
+        ),
         ({"model.path": "hf_abcdefghijklmnopqrstuv"}, "secret"),
         ({"data.path": "https://me:pw@host/x.jsonl"}, "secret"),
     ],
@@ -280,6 +290,12 @@ def test_a_contradiction_is_found(changes, named):
         ("early_stopping.patience", 7, EVAL),
         ("early_stopping.mode", "min", EVAL),
         ("export.dtype", "float32", {"export.enabled": False}),
+        ("loss.epsilon", 0.1, {"loss.name": "sapo", **REWARDED}),
+        ("loss.use_bias_correction_kl", False, {"loss.name": "grpo", **REWARDED}),
+        ("loss.importance_sampling_clip_max", 2.0, {"loss.name": "dapo", **REWARDED}),
+        ("rewards.scale", "none", {"loss.name": "rloo", **REWARDED}),
+        ("reference.path", "other", {"loss.name": "grpo", **REWARDED}),
+        ("reference.path", "other", {"loss.name": "rloo", "loss.beta": 0.0, **REWARDED}),
     ],
 )
 def test_a_key_without_effect_is_an_error(key, value, others):

@@ -123,6 +123,7 @@ def test_the_table_of_the_readme_is_that_of_the_results_file():
 
 
 def test_every_kind_of_data_has_a_measure():
+    # What is sampled has rewards as its measure, in recipes of its own.
     assert {loss.kind for loss in objectives.LOSSES.values()} <= set(script.MEASURES)
 
 

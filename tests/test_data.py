@@ -15,7 +15,7 @@ from jaxalign.data.batching import ExampleSource, make_batch
 from jaxalign.data.formats import RowError
 from jaxalign.data.formats.hh import hh
 from jaxalign.data.sources import prepare, read_rows, split_by_hash
-from jaxalign.data.tokenizers import Lazy
+from jaxalign.data.tokenizers import Lazy, change
 
 SAMPLES = "package:jaxalign/data/samples/hh_rlhf_helpful_{}.jsonl.gz"
 WORDS = "cloud teach glass river light paper ocean sugar train garden lemon answer".split()
@@ -234,9 +234,11 @@ def test_second_start_reads_the_cache_and_any_change_misses_it(tokenizer, tmp_pa
     assert not start(copied)[1] and not start(tokenizer=tokenizer)[1]
     tokenizer(["a", "a b c"], padding=True)  # leaves padding switched on in the tokenizer's own state
     assert not start()[1]
-    for change in ({"max_length": 32}, {"chat_template": "{{ messages }}"}, {"on_long": "drop"}, {"limit": 30}):
-        assert start(**change)[1], change
-        assert not start(**change)[1], change
+    other = load_tokenizer("qwen3")
+    change(other, chat_template="{{ messages }}")
+    for options in ({"max_length": 32}, {"tokenizer": other}, {"on_long": "drop"}, {"limit": 30}):
+        assert start(**options)[1], options
+        assert not start(**options)[1], options
     other = load_tokenizer("llama")
     assert start(tokenizer=other)[1]
     write_jsonl(file, ROWS[1:] + ROWS[:1])

@@ -255,5 +255,37 @@ def test_two_processes_say_what_one_does(run):
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
+def test_a_run_that_samples_is_measured_by_its_rewards(tmp_path):
+    rows = [{"prompt": f"{i}?", "answer": str(i)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.py").write_text(
+        "def letters(completions, answer, **columns):\n"
+        "    lower = [sum(map(str.islower, text)) / 8 for text in completions]\n"
+        "    return [None if one == '3' else share for share, one in zip(lower, answer)]\n"
+    )
+    changes = {"data__path": tmp_path / "rows.jsonl", "data__eval__path": tmp_path / "rows.jsonl"}
+    folder = runs.run(
+        tmp_path / "run",
+        **{key: str(value) for key, value in changes.items()},
+        epochs=None,
+        steps=2,
+        batch_size=8,
+        max_length=16,
+        data__buckets=(16,),
+        loss__name="grpo",
+        rollout__num_generations=4,
+        rollout__max_completion_length=8,
+        rewards__functions=(f"{tmp_path}/own.py:letters",),
+        samples__prompts=0,
+        samples__max_new_tokens=None,
+    ).folder
+    logged = [line for line in runs.lines(folder) if "eval_reward" in line][-1]
+    found = evaluate.evaluate(str(folder), config_lib.load(str(folder / "config.json")))
+    assert found.items() >= {name: value for name, value in logged.items() if name.startswith("eval_")}.items()
+    assert found["eval_reward_low"] < found["eval_reward"] == found["eval_rewards/letters/mean"]
+    assert "reward " in evaluate.show(found)
+
+
 def command(*arguments):
     evaluate.main(["evaluate", *arguments])

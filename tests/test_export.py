@@ -122,6 +122,7 @@ def test_the_command_writes_another_dtype_on_one_device(run, tmp_path):
     assert hf.read_config(tmp_path / "out").dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_two_processes_export_the_step_that_is_wanted_from_their_mesh(run, tmp_path):
     program = """
 mesh = sharding.make_mesh(fsdp=4, tensor=2)

@@ -137,7 +137,7 @@ def test_a_damaged_cache_file_is_an_error_that_says_to_delete_it(cached, tmp_pat
         runs.run(tmp_path / "run", data__cache_dir=str(cache), **CACHED)
 
 
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_batch_that_is_not_finite_stops_the_run_with_a_report_and_the_last_good_state(
     cached, poisoned, tmp_path, splits
 ):

@@ -48,6 +48,7 @@ ROWS = {
     "alpaca": ({"instruction": "a?", "input": "b", "output": "c", "text": "as one"}, asked("a?\n\nb", "c")),
     "alpaca without input": ({"instruction": "a?", "input": None, "output": "c"}, asked("a?", "c")),
     "gsm8k": ({"question": "a?", "answer": "b\n#### 3"}, asked("a?", "b\n#### 3")),
+    "math": ({"problem": "a?", "solution": "\\boxed{3}", "level": "5"}, asked("a?", "\\boxed{3}")),
 }
 
 

@@ -75,15 +75,9 @@ def test_dpo_loss_and_gradients_equal_trl(family, exact):
 def test_greedy_completions_equal_transformers(family, exact):
     cfg, params = model(family)
     _, a = case(family, "greedy")
-    samples = sampling.generate(
-        cfg,
-        params,
-        a["in.input_ids"],
-        a["in.attention_mask"].astype(bool),
-        sampling.request_keys(0, range(4)),
-        sampling.make_limits(4, max_new=32),
-        max_new_tokens=32,
-    )
+    prompts = [ids[mask == 1] for ids, mask in zip(a["in.input_ids"], a["in.attention_mask"], strict=True)]
+    keys, limits = sampling.request_keys(0, range(4)), sampling.make_limits(4, max_new=32)
+    samples = sampling.sample(cfg, params, prompts, keys, limits, max_new_tokens=32)
     np.testing.assert_array_equal(samples.tokens, a["out.new_tokens"])
     np.testing.assert_allclose(samples.logps, a["out.new_token_logps"], atol=1e-4)
 

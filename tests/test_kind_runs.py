@@ -44,7 +44,7 @@ def assert_equal(ours, others):
                 np.testing.assert_allclose(line[name], other[name], rtol=2e-3, atol=5e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("loss", ["kto", "sft", pytest.param("reward", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss", ["kto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "reward"))])
 def test_a_kind_trains_packed_as_it_does_padded_and_resumes_in_the_same_bits(loss, tmp_path):
     padded = runs.run(tmp_path / "padded", loss__name=loss, **SHORT)
     before, *steps, after = runs.lines(padded.folder)

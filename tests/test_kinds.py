@@ -9,7 +9,7 @@ from common import FAMILIES, case, load_tokenizer
 from jaxalign.data import sources
 from jaxalign.data.formats import KINDS
 from jaxalign.data.sources import prepare, split_by_hash
-from jaxalign.data.tokenizers import byte_tokenizer
+from jaxalign.data.tokenizers import byte_tokenizer, change
 
 WORDS = "cloud teach glass river light paper ocean sugar train garden lemon answer".split()
 
@@ -31,6 +31,7 @@ SCORED = [
     {"prompt": row["prompt"], "response": row["completion"], "a": i, "b": i / 2} for i, row in enumerate(LABELLED)
 ]
 ROWS = {"pairs": PAIRS, "labelled": LABELLED, "singles": LABELLED, "chats": CHATS, "triples": TRIPLES, "scored": SCORED}
+ROWS["prompts"] = [{"prompt": row["prompt"], "answer": i} for i, row in enumerate(PAIRS)]
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,9 @@ def test_a_chat_of_which_nothing_is_scored_is_dropped(make):
         "{% for m in messages %}{{ m['content'] }}{% if 'teach' in m['content'] %}{% generation %}"
         "{{ '<|im_end|>' }}{% endgeneration %}{% endif %}{% endfor %}"
     )
-    done = make(CHATS, "chats", chat_template=marked, max_dropped_share=1.0)
+    tokenizer = byte_tokenizer()
+    change(tokenizer, chat_template=marked)
+    done = make(CHATS, "chats", tokenizer=tokenizer, max_dropped_share=1.0)
     with_teach = [i for i, row in enumerate(CHATS) if any("teach" in turn["content"] for turn in row["messages"])]
     assert done.meta["dropped"] == {"no token is scored": 8 - len(with_teach)}
     assert [done.source_row(i) for i in range(len(done))] == with_teach

@@ -8,18 +8,20 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jaxalign"
 
 LEVELS = {
-    "losses": 0, "messages": 0, "data.chat": 0, "data.formats": 0, "data.templates": 0, "data.tokenizers": 0,
-    "sharding": 1, "quantize": 1, "signals": 1, "paths": 1, "config_keys": 1, "user_code": 1,
+    "messages": 0, "segments": 0, "advantages": 0, "detokenize": 0,
+    "data.chat": 0, "data.formats": 0, "data.templates": 0, "data.tokenizers": 0,
+    "losses": 1, "sharding": 1, "filters": 1, "quantize": 1, "signals": 1, "paths": 1, "config_keys": 1, "user_code": 1,
     "hosts": 2, "metrics": 2, "models": 2, "optim": 2, "config": 2,
-    "data.rows": 2, "data.encoding": 2, "data.prepared": 2, "data.sources": 2,
-    "safetensors_file": 2, "gather": 2, "xla_flags": 2,
-    "data.packing": 3, "data.batching": 3, "lora": 3, "logprobs": 3, "gguf_file": 3, "checkpoint": 3,
+    "data.rows": 2, "data.encoding": 2, "data.transform": 2, "data.prepared": 2, "data.sources": 2,
+    "safetensors_file": 2, "gather": 2, "xla_flags": 2, "rewards": 2,
+    "data.packing": 3, "data.batching": 3, "tasks": 3, "lora": 3, "logprobs": 3, "decoding": 3,
+    "gguf_file": 3, "checkpoint": 3,
     "run_folder": 4, "frozen": 4, "peft_files": 4, "step": 4, "objectives": 4, "sampling": 4, "hf_files": 4,
     "hf": 5, "reference": 5,
-    "generate": 6, "evals": 6,
-    "programs": 7, "build": 8, "diagnose": 8,
-    "export": 9, "preview": 9, "score": 9, "preflight": 9,
-    "train": 10,
+    "actor": 6, "rollout": 7, "completions": 6, "evals": 7, "generate": 7,
+    "programs": 7, "build": 8, "diagnose": 8, "workload": 8,
+    "export": 9, "preview": 9, "score": 9, "preflight": 9, "evaluate_task": 9,
+    "train": 10, "rewards.model": 10,
     "evaluate": 11, "doctor": 11, "cli": 11,
 }  # fmt: skip
 
@@ -33,8 +35,11 @@ HOMES = {
     "huggingface_hub": {"paths", "doctor"},
     "datasets": {"data"},
     "grain": {"data"},
-    "absl": {"config", "train", "generate", "export", "preview", "preflight", "evaluate", "score", "doctor"},
+    "absl": {"config", "train", "generate", "export", "preview", "preflight", "evaluate", "evaluate_task", "score",
+             "doctor"},
     "matplotlib": {"metrics"},
+    "math_verify": {"rewards"},
+    "sympy": {"rewards"},
     "tensorboardX": {"metrics"},
     "torch": set(),
 }

@@ -164,8 +164,7 @@ def test_a_cache_knows_adapters():
     tokens, places = rows()["tokens"], rows()["positions"]
     params = lora.attach(frozen, adapters)
     want = jax.jit(lambda p: models.apply(TINY, p, tokens, places)[0])(params)
-    ones = jnp.ones_like(tokens)
-    cached = jax.jit(lambda p: models.apply(TINY, p, tokens, places, ones, cache=models.init_cache(TINY, 8, 16))[0])
+    cached = jax.jit(lambda p: models.apply(TINY, p, tokens, places, cache=models.init_cache(TINY, 8, 16))[0])
     np.testing.assert_allclose(cached(params), want, atol=1e-5)
 
 

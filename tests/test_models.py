@@ -193,15 +193,16 @@ def test_a_cache_gives_the_logits_of_the_whole(windows):
     segments[1, :3] = 0
     at = np.maximum(np.cumsum(segments, axis=1) - 1, 0)
     want = logits(cfg, params, tokens, at, segments)
-    cache = models.init_cache(cfg, 2, 20)
-    step = jax.jit(lambda t, p, s, c: models.apply(cfg, params, t, p, s, cache=c))
-    for start, end in ((0, 10), *((n, n + 1) for n in range(10, 16))):
-        span = slice(start, end)
-        hidden, cache = step(tokens[:, span], at[:, span], segments[:, span], cache)
-        got = models.unembed(cfg, params, hidden)
-        real = segments[:, span, None]
-        np.testing.assert_allclose(got * real, want[:, span] * real, atol=2e-5, rtol=0)
-    assert int(cache["index"]) == 16
+    for stacked, weights in ((True, params), (False, models.unstacked(params))):
+        cache = models.init_cache(cfg, 2, 20, stacked=stacked) | {"lengths": np.array([0, -3], np.int32)}
+        step = jax.jit(lambda t, p, c, w=weights: models.apply(cfg, w, t, p, cache=c))
+        for start, end in ((0, 10), *((n, n + 1) for n in range(10, 16))):
+            span = slice(start, end)
+            hidden, cache = step(tokens[:, span], at[:, span], cache)
+            got = models.unembed(cfg, params, hidden)
+            real = segments[:, span, None]
+            np.testing.assert_allclose(got * real, want[:, span] * real, atol=2e-5, rtol=0)
+        assert int(cache["index"]) == 16 and cache["lengths"].tolist() == [16, 13]
 
 
 @pytest.mark.parametrize("remat", ["dots", "dots_no_batch", "full"])

@@ -188,6 +188,7 @@ def test_an_error_in_one_process_ends_both_within_a_minute_and_is_read_on_both_c
     assert "process 1 of 2 failed" in errors and "ZeroDivisionError" in errors
 
 
+@pytest.mark.slow
 def test_where_no_step_is_finished_every_process_prints_its_stacks_and_exits_76(tmp_path):
     hang = """
 import os, time

@@ -17,11 +17,11 @@ import pytest
 import runs
 from jax.sharding import PartitionSpec as P
 
-from jaxalign import build, config, preflight, sampling, sharding
+from jaxalign import build, config, decoding, preflight, sharding
 from jaxalign import generate as generate_lib
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = ["score", "train step", "evaluate", "prefill and decode"]
+PROGRAMS = ["score", "train step", "evaluate", "samples: prefill", "samples: decode"]
 
 
 def values(tmp_path, **changes):
@@ -51,7 +51,7 @@ def main(*arguments):
 def test_every_program_of_the_run_is_there_with_its_longest_rows(tiny):
     run, report = tiny
     assert [need["name"] for need in report["programs"]] == PROGRAMS
-    assert [tuple(need["rows"]) for need in report["programs"]] == [(16, 48), (16, 48), (8, 48), (4, 68)]
+    assert [tuple(need["rows"]) for need in report["programs"]] == [(16, 48), (16, 48), (8, 48), (4, 64), (4, 68)]
     assert report["device"]["count"] == 8 and report["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1}
     assert report["fits"] and report["settings"] == [] and report["needed"] < report["device"]["memory"]
     assert report["model"]["attention"] == run.attention
@@ -74,10 +74,19 @@ def test_what_is_alive_besides_completes_the_state_and_the_reference(tiny):
     run, report = tiny
     resident = preflight.device_bytes((run.state, run.reference))
     code = sum(need["code"] for need in report["programs"])
-    for need, job in zip(report["programs"], preflight.jobs(run), strict=True):
+    with sharding.use_mesh(run.mesh):
+        jobs = list(preflight.jobs(run))
+    for need, job in zip(report["programs"], jobs, strict=True):
         parts = ("arguments", "temporaries", "output", "code", "besides")
         assert need["total"] == sum(need[part] for part in parts)
         assert need["besides"] == preflight.device_bytes(job.besides) + code - need["code"]
+        if job.name.startswith("samples"):  # from a copy of the weights, and the cache is there from first to last
+            weights, *slots = job.arguments[: 1 + job.name.endswith("decode")]
+            cache = [job.besides[-1], *slots]
+            assert preflight.device_bytes(weights) > 0 and preflight.device_bytes(cache) > 0
+            besides = preflight.device_bytes((job.besides, slots)) - preflight.device_bytes(cache)
+            assert besides == pytest.approx(resident, rel=0.02)
+            continue
         inputs = [leaf for leaf in jax.tree.leaves(job.arguments) if leaf.shape[:1] in ((16,), (8,), (4,))]
         weights = [leaf for leaf in jax.tree.leaves(job.arguments) if not any(leaf is x for x in inputs)]
         assert preflight.device_bytes((weights, job.besides)) == pytest.approx(resident, rel=0.02)
@@ -91,13 +100,13 @@ def test_a_cached_reference_is_not_alive_in_the_step_and_a_moving_one_is_part_of
             preflight.programs_of(values(tmp_path, **changes), mesh)
             for changes in ({}, {"reference__mode": "cached"}, {"reference__sync_every": 2})
         ]
-        besides = [[preflight.device_bytes(job.besides) for job in preflight.jobs(run)] for run in runs_]
+        besides = [[preflight.device_bytes(job.besides) for job in preflight.jobs(run)][:3] for run in runs_]
     live, _, moving = runs_
     state, weights, reference = (preflight.device_bytes(x) for x in (live.state, live.state.params, live.reference))
     assert reference == weights  # in float32, as the policy
-    assert besides[0] == [state, reference, state - weights + reference, state - weights + reference]
-    assert besides[1] == [weights, 0, state - weights, state - weights]
-    assert besides[2] == [state, 0, state, state]  # its state holds the reference, which scores
+    assert besides[0] == [state, reference, state - weights + reference]
+    assert besides[1] == [weights, 0, state - weights]
+    assert besides[2] == [state, 0, state]  # its state holds the reference, which scores
     assert preflight.device_bytes(moving.state) == state + weights
 
 
@@ -117,19 +126,18 @@ def test_the_abstract_arguments_are_those_of_a_run(tmp_path, monkeypatch):
         state = run.new_state()
         scored = {**batch, "ref_logps": run.score(run.reference_params, batch)}
         assert described(jobs["train step"].arguments) == described((state, None, scored))
-        asked = []
-        monkeypatch.setattr(sampling, "generate", lambda *a, **k: asked.append((a, k)) or 1 / 0)
+        asked, read = {}, decoding.prefill
+        monkeypatch.setattr(decoding, "prefill", lambda *a: asked.update(prefill=a[1:]) or read(*a))
+        monkeypatch.setattr(decoding, "segment", lambda *a, **k: asked.update(decode=a[1:]) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generate_lib.complete(run.cfg, state.params, run.data.tokenizer, checked.samples.prompts,
                                   max_new_tokens=checked.samples.max_new_tokens)  # fmt: skip
-    ((cfg, params, *inputs), options), *_ = asked
-    weights, expected = jobs["prefill and decode"].arguments
-    assert described(weights) == described(params) and options == {"max_new_tokens": 4}
-    for name, one, other in zip(("prompts", "mask", "keys", "limits"), expected, inputs, strict=True):
-        if name in ("prompts", "mask"):  # as wide as the data allow
-            assert (one.shape[0], one.dtype) == (other.shape[0], other.dtype) and one.shape[1] >= other.shape[1]
-        else:
-            assert described(one) == described(other)
+    for name, (weights, *arguments) in asked.items():
+        abstract = jobs[f"samples: {name}"].arguments
+        assert described(weights) == described(abstract[0])
+        for one, other in zip(jax.tree.leaves(abstract[1:]), jax.tree.leaves(arguments), strict=True):
+            assert one.dtype == other.dtype and one.ndim == other.ndim
+            assert all(x >= y for x, y in zip(one.shape, other.shape, strict=True))  # as long as the data allow
 
 
 def test_sizes_on_disk_are_those_of_the_state_and_of_the_exported_weights(tiny):

@@ -195,6 +195,29 @@ def test_turns_that_are_not_scored_stand_out_without_colours(tokenizer, tmp_path
     assert "of them scored" in out.getvalue() and "‖" in out.getvalue()
 
 
+def test_prompts_are_shown_with_their_columns_and_have_no_generation_before_a_run(config_file, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    (config_file.parent / "rows.jsonl").write_text(
+        "".join(json.dumps({"n": i, "key": f"é{i}"}) + "\n" for i in range(20)) + '{"n": -1}\n'
+    )
+    (config_file.parent / "own.py").write_text("def ask(row):\n    return {'prompt': row['key'] + '?', **row}\n")
+    keys = ("loss.name=grpo", "rewards.functions=length", "rollout.num_generations=2", "max_length=300")
+    keys += (f"data.format={config_file.parent}/own.py:ask", "data.eval.fraction=0")
+    arguments = ["preview", f"--config={config_file}", "--rows=1", *(f"--config.{key}" for key in keys)]
+    preview_lib.main([*arguments, "--json"])
+    report = json.loads(capsys.readouterr().out)["train"]
+    assert (report["kind"], report["format"], report["transform"]) == ("prompts", "prompts", "own.py:ask")
+    assert report["dropped"] == {"own.py:ask raised KeyError": 1} and report["kept"] == 20
+    assert list(report["batch"]) == ["prompt", "prompt_token_ids", "prompt_attention_mask"]
+    assert len(report["batch"]["prompt"]) == 2 and "batches" not in report  # set-up 3: two prompts, twice answered
+    (shown,) = report["examples"]
+    assert shown["columns"] == {"n": 0, "key": "é0"} and "".join(text for _, text, _ in shown["prompt"]).endswith("0?")
+    preview_lib.main(arguments)
+    out = capsys.readouterr().out
+    assert "key: é0" in out and "raised KeyError" in out and "padding" not in out
+    assert "(own.py:ask as prompts)" in " ".join(out.split())
+
+
 @pytest.mark.parametrize(
     "loss, kind, rewards",
     [

@@ -62,6 +62,7 @@ def test_the_whole_run_has_every_line_once(whole):
     assert lines[-2]["epoch"] == pytest.approx(8 / 3) and lines[-2]["num_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_stopped_three_times_at_an_epochs_edge_and_before_the_last_step(whole, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     for step in (1, 3, 7):  # an epoch is 3 steps

@@ -52,7 +52,7 @@ def test_values_are_trls_at_the_last_token_of_each_row(family):
     info, arrays = case(family, "reward_bt")
     lengths = arrays["in.attention_mask"].sum(axis=1)
     rows = [tokens[:length].tolist() for tokens, length in zip(arrays["in.input_ids"], lengths, strict=True)]
-    values = score._values(cfg, params, rows, 12, 512, None)[:, 0]
+    values = score.values(cfg, params, rows, 12, 512, None)[:, 0]
     want = np.concatenate([arrays["out.rewards.chosen"], arrays["out.rewards.rejected"]])
     np.testing.assert_allclose(values, want, rtol=0, atol=1e-4)
 

@@ -23,7 +23,12 @@ OPTIONS = {
     "simpo": {"cpo_alpha": 0.3},
     "kto": {"desirable_weight": 1.4, "undesirable_weight": 0.8},
     "reward": {"center_rewards_coefficient": 0.2},
+    "grpo": {"beta": 0.1, "importance_sampling_correction": True, "off_policy_mask_threshold": 0.1},
+    "dr_grpo": {"mask_truncated_completions": True, "max_completion_length": 9},
+    "vespo": {"entropy_coef": 0.1},
+    "gspo": {"importance_sampling_level": "sequence_token", "epsilon": 0.1, "epsilon_high": 0.2},
 }
+POLICY = ("advantages", "truncated", "old_logps", "sampling_logps")
 ATTRIBUTES = types.SimpleNamespace(num_labels=3)
 
 every_loss = pytest.mark.parametrize("loss", [*LOSSES, *SUMS], ids=str)
@@ -54,30 +59,35 @@ def examples_of(loss, width):
         "label": once(np.array([1, 0, 1, 1, 0, 0])),
         "margin": once(rng.uniform(0, 1, n)),
         "scores": once(rng.normal(0, 1, (n, 3))),
+        "advantages": once(rng.normal(0.5, 1, n)),
+        "truncated": once(np.array([0, 1, 0, 0, 0, 0])),
     }
     found["scores"][1, :, 0] = np.nan
     kernel = rng.normal(0, 1, VOCAB).astype(np.float32)
     rows = {name: found[name].reshape(n * width, LENGTH) for name in ("tokens", "mask")}
     found["ref_logps"] = np.asarray(log_probs(kernel, rows)).reshape(tokens.shape)
-    names = {"labelled": {"label"}, "singles": {"label"}, "scored": {"scores"}}.get(objectives.kind_of(loss), set())
+    mine = np.asarray(log_probs(parameters()["kernel"], rows)).reshape(tokens.shape)
+    for name in ("old_logps", "sampling_logps"):
+        found[name] = mine + rng.normal(0, 0.2, tokens.shape).astype(np.float32)
+    of_kind = {"labelled": {"label"}, "singles": {"label"}, "scored": {"scores"}, "prompts": POLICY}
+    names = set(of_kind.get(objectives.kind_of(loss), ()))
     names |= {"margin"} if loss == "reward" else set()
     names |= {"ref_logps"} if make(loss).needs_reference else set()
-    return {
-        name: x for name, x in found.items() if name in names or name not in ("label", "scores", "margin", "ref_logps")
-    }
+    some = {"label", "scores", "margin", "ref_logps", *POLICY}
+    return {name: x for name, x in found.items() if name in names or name not in some}
 
 
 def batch_of(examples, chosen, size=8):
     """The chosen examples and fillers up to `size`, unpacked."""
+
+    of_rows = ("tokens", "positions", "mask", "lengths", "ref_logps", "old_logps", "sampling_logps")
 
     def rows(name, x):
         x = np.concatenate([x[list(chosen)], np.zeros((size - len(chosen), *x.shape[1:]), x.dtype)])
         if name == "ends":
             x[len(chosen) :] = -1
         x = x.reshape(-1, *x.shape[2:])
-        return (
-            x if name in ("tokens", "positions", "mask", "lengths", "ref_logps") else x.reshape(len(x), 1, *x.shape[1:])
-        )
+        return x if name in of_rows else x.reshape(len(x), 1, *x.shape[1:])
 
     return {name: rows(name, x) for name, x in examples.items()}
 

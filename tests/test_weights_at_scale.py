@@ -67,6 +67,7 @@ for number, layout in enumerate(layouts):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_read_only_their_rows_and_write_what_one_does(root, tmp_path):
     source = policy("llama")
     cfg, params = hf.load(source)

@@ -42,9 +42,14 @@ def template_of(tokenizer: Any, chat_template: str | None = None) -> str | None:
 
 
 def render(
-    tokenizer: Any, messages: Messages, *, add_generation_prompt: bool = False, chat_template: str | None = None
+    tokenizer: Any,
+    messages: Messages,
+    *,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+    chat_template: str | None = None,
 ) -> str:
-    """The conversation as text.
+    """The conversation as text; with `continue_final_message` up to the end of the last message's content.
 
     Raises RowError if the template refuses these messages, ValueError if there is no template.
     """
@@ -58,11 +63,15 @@ def render(
         )
     try:
         return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template cannot be read: {error}") from error
-    except (jinja2.TemplateError, TypeError, KeyError) as error:
+    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise RowError("the chat template refuses the messages", str(error)) from error
 
 
@@ -77,13 +86,43 @@ def special_prefix(tokenizer: Any) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, prompt: str | Messages, *, chat_template: str | None = None) -> list[int]:
-    """Token ids to generate from: messages end with the template's generation prompt, text stands as it is. One BOS
-    at most."""
-    if isinstance(prompt, str):
-        start, text = special_prefix(tokenizer), prompt
-    else:
-        start, text = [], render(tokenizer, prompt, add_generation_prompt=True, chat_template=chat_template)
-    return _one_bos(tokenizer, start + _encodings(tokenizer, [text])["input_ids"][0], [])[0]
+    """Token ids to generate from, see `encode_prompts`; raises RowError if there are none."""
+    (result,) = encode_prompts(tokenizer, [prompt], chat_template=chat_template)
+    if isinstance(result, RowError):
+        raise result
+    return result
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[str | Messages], *, chat_template: str | None = None
+) -> list[list[int] | RowError]:
+    """Token ids to generate from, or a prompt's RowError in its place. Messages end with the template's generation
+    prompt, or inside the last turn if that is one of the assistant's; text stands as it is. One BOS at most."""
+    prefix, template = special_prefix(tokenizer), template_of(tokenizer, chat_template)
+    rendered: list[str | RowError] = []
+    for prompt in prompts:
+        try:
+            if not isinstance(prompt, str):
+                begun = prompt[-1]["role"] == "assistant"
+                prompt = render(
+                    tokenizer,
+                    prompt,
+                    add_generation_prompt=not begun,
+                    continue_final_message=begun,
+                    chat_template=template,
+                )
+            rendered.append(prompt)
+        except RowError as error:
+            rendered.append(error)
+    found = iter(_encodings(tokenizer, [text for text in rendered if isinstance(text, str)])["input_ids"])
+    results: list[list[int] | RowError] = []
+    for prompt, text in zip(prompts, rendered, strict=True):
+        if isinstance(text, RowError):
+            results.append(text)
+            continue
+        start = prefix if isinstance(prompt, str) else []
+        results.append(_one_bos(tokenizer, start + next(found), [])[0])
+    return results
 
 
 def encode(

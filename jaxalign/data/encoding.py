@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.data.chat import Encoded, encode
-from jaxalign.data.formats import FORMATS, LABELLED, Example, RowError, convert, read_number
+from jaxalign.data.chat import Encoded, encode, encode_prompts
+from jaxalign.data.formats import LABELLED, Example, RowError, read, read_number
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ CHUNK = 1000
 class Task:
     """Everything that decides what a row becomes; goes to the workers as JSON.
 
-    Attributes: the arguments of `sources.prepare`, and whether some row has a margin.
+    Attributes: the arguments of `sources.prepare`; the tokenizer's chat template and files; whether some row has a
+    margin; and {row: (reason, detail)} of the rows that the user's transform gave nothing for.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Task:
     tokenizer: str = field(repr=False)
     special_tokens: Mapping[str, str]
     margin: bool = False
+    refused: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def values(self) -> list[str]:
@@ -87,8 +89,10 @@ def encode_lines(lines: Sequence[bytes], first_row: int, task: Task, tokenizer: 
 
     for number, line in enumerate(lines, first_row):
         try:
+            if (why := task.refused.get(str(number))) is not None:
+                raise RowError(*why)
             row = json.loads(line.decode("utf-8", errors="surrogatepass"))
-            found = [new for example in _read(row, task.format) for new in convert(example, task.kind)]
+            found = read(row, task.format, task.kind)
             values = _values(row, task)
         except RowError as error:
             drop(number, error)
@@ -97,9 +101,7 @@ def encode_lines(lines: Sequence[bytes], first_row: int, task: Task, tokenizer: 
             label = [float(bool(example.label))] if task.kind in LABELLED else []
             # A pair that became two examples: all that are chosen come before all that are rejected.
             examples.append((number, side if example.label is False else 0, example, label + values))
-    encoded = encode(
-        tokenizer, [example for *_, example, _ in examples], train_on=task.train_on, chat_template=task.chat_template
-    )
+    encoded = _encode([example for *_, example, _ in examples], task, tokenizer)
     for (number, side, example, values), sequences in zip(examples, encoded, strict=True):
         fitting = sequences if isinstance(sequences, RowError) else _fit(sequences, task)
         if isinstance(fitting, RowError):
@@ -114,13 +116,13 @@ def encode_lines(lines: Sequence[bytes], first_row: int, task: Task, tokenizer: 
     return chunk
 
 
-def _read(row: Any, format: str) -> list[Example]:
-    if isinstance(row, str):
-        raise RowError("not JSON", "the line cannot be read")
-    found = FORMATS[format](row)
-    if found is None:
-        raise RowError("left out by the format", format)
-    return found if isinstance(found, list) else [found]
+def _encode(examples: Sequence[Example], task: Task, tokenizer: Any) -> list[Encoded | RowError]:
+    if task.kind != "prompts":
+        return encode(tokenizer, examples, train_on=task.train_on)
+    return [
+        found if isinstance(found, RowError) else Encoded([found], [[False] * len(found)], len(found))
+        for found in encode_prompts(tokenizer, [example.prompt for example in examples])
+    ]
 
 
 def _values(row: Mapping[str, Any], task: Task) -> list[float]:
@@ -140,9 +142,15 @@ def _fit(encoded: Encoded, task: Task) -> Encoded | RowError:
     """The example, if something that is scored remains of all sequences within max_length and the remains differ."""
     longest = max(map(len, encoded.sequences))
     prompt = encoded.prompt_length
-    if not all(map(any, encoded.masks)):
+    if task.kind == "prompts":
+        if prompt == 0:
+            return RowError("the prompt has no tokens")
+        room = task.max_length > prompt
+    elif all(map(any, encoded.masks)):
+        room = all(any(mask[: task.max_length]) for mask in encoded.masks)
+    else:
         return RowError("no token is scored", "the chat template marks none as the assistant's")
-    if not all(any(mask[: task.max_length]) for mask in encoded.masks):
+    if not room:
         return RowError("the prompt alone fills max_length", f"{prompt} tokens")
     if task.max_prompt_length is not None and prompt > task.max_prompt_length:
         return RowError("the prompt is longer than max_prompt_length", f"{prompt} tokens")
@@ -173,7 +181,8 @@ def _add(chunk: Chunk, encoded: Encoded, task: Task, eos: int | None) -> None:
     chunk.prompt_lengths.append(prompt)
     chunk.truncated += any(cut)
     chunk.unfinished += sum(
-        not was_cut and eos not in ids[prompt:] for was_cut, ids in zip(cut, encoded.sequences, strict=True)
+        not was_cut and len(ids) > prompt and eos not in ids[prompt:]
+        for was_cut, ids in zip(cut, encoded.sequences, strict=True)
     )
 
 
@@ -252,6 +261,7 @@ def encode_worker(folder: str, worker: int, workers: int) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(path / f"tokenizer-{worker}.json"), **task.special_tokens
     )
+    tokenizer.chat_template = task.chat_template
     total = len(np.load(path / "text_offsets.npy", mmap_mode="r")) - 1
     for start in range(worker * CHUNK, total, workers * CHUNK):
         encode_file(path, start, task, tokenizer)
@@ -298,6 +308,9 @@ def assemble(work: Path, starts: Iterable[int], task: Task) -> dict[str, Any]:
     # Where a labelled example is cut is found only when it is read.
     cut = task.max_length if task.kind == "labelled" else None
     content.update(repr((task.kind, task.values, cut)).encode())
+    if task.kind == "prompts":
+        with open(work / "texts.jsonl", "rb") as rows:
+            content.update(hashlib.file_digest(rows, "sha256").digest())
     for leftover in [*work.glob("chunk-*"), *work.glob("worker-*"), *work.glob("tokenizer-*"), *work.glob("*.bin")]:
         leftover.unlink()
     (work / "task.json").unlink(missing_ok=True)

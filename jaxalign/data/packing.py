@@ -89,7 +89,9 @@ class Packer:
                 f"data.packed_length is {length}, but the longest example takes {longest} tokens ({prepared.width} "
                 f"sequence(s), which stay in one row): give it at least {longest}, or None; or lower max_length"
             )
-        self.slots = min(math.ceil(2 * self.length / self.sizes.mean()), self.length // int(self.sizes.min()))
+        slots = min(math.ceil(2 * self.length / self.sizes.mean()), self.length // int(self.sizes.min()))
+        # What is sampled has other lengths each time: few values, so that few programs are compiled.
+        self.slots = 1 << (slots - 1).bit_length() if prepared.kind == "prompts" else slots
 
     def layout(self, examples: np.ndarray) -> Layout:
         """A batch of these examples."""

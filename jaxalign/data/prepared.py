@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jaxalign.data.formats import KINDS
+from jaxalign.data.formats import KINDS, LEFT_OUT, Messages, read
 from jaxalign.data.rows import digest
 
 ARRAYS = ("tokens", "mask", "offsets", "prompt_lengths", "rows", "prompt_hashes", "values", "order", "text_offsets")
@@ -31,11 +31,12 @@ class Prepared:
 
     Attributes:
         index: [N] int64, places of these examples in the cached arrays.
-        fingerprint: hash of the tokens, masks and values of these examples in this order; equal for equal ones wherever
-            they came from.
-        meta: of the whole cached set: label, kind, format, rows, kept (examples), dropped {reason: rows}, truncated
-            (examples with a sequence that was cut), unfinished (sequences that were not cut and hold no eos after the
-            prompt), max_length, columns, values (names of their columns), vocab_size (the tokenizer's).
+        fingerprint: hash of the tokens, masks and values of these examples in this order, and of the rows of `prompts`,
+            which rewards see; equal for equal ones wherever they came from.
+        meta: of the whole cached set: label, kind, format, transform (the user's function, or None), rows, kept
+            (examples), dropped {reason: rows}, truncated (examples with a sequence that was cut), unfinished (sequences
+            that were not cut and hold no eos after the prompt), max_length, columns, values (names of their columns),
+            vocab_size (the tokenizer's).
         pad_id: what batches are filled up with.
         folder: where the arrays, `texts.jsonl` and `dropped.jsonl` lie.
         kept_in: the folder of the cache that holds all that was prepared: above `folder`, or in a bucket.
@@ -114,8 +115,19 @@ class Prepared:
         return int(self.arrays["rows"][self.index[i]])
 
     def text(self, i: int) -> Any:
-        """Example i's row as it stood in the source."""
+        """Example i's row as it stood in the source, or as the user's transform gave it."""
         return self.source_text(self.source_row(i))
+
+    def asked(self, i: int) -> str | Messages:
+        """Example i's prompt before its tokenization: text, or messages where the row is a chat."""
+        return read(self.text(i), self.meta["format"], "prompts")[0].prompt
+
+    def columns(self, examples: Sequence[int] | np.ndarray) -> dict[str, list[Any]]:
+        """{column: its value of each of these examples} of all columns but `prompt`, as rewards take them; None where a
+        row lacks a column."""
+        rows = [self.text(int(i)) for i in examples]
+        names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+        return {name: [row.get(name) for row in rows] for name in names}
 
     def source_text(self, row: int) -> Any:
         """Row `row` of the source, kept or dropped."""
@@ -123,6 +135,12 @@ class Prepared:
         with open(self.folder / "texts.jsonl", "rb") as stream:
             stream.seek(int(start))
             return json.loads(stream.read(int(end - start)))
+
+    @property
+    def unusable(self) -> int:
+        """Rows of the source that could not be used; those that a format or the user's function has left out could."""
+        reasons: Mapping[str, int] = self.meta["dropped"]
+        return sum(count for reason, count in reasons.items() if not reason.startswith(LEFT_OUT))
 
     def dropped(self) -> Iterator[dict[str, Any]]:
         """{row, reason, detail} of each row of the source that was left out."""

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from jaxalign.losses.absolute import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
 from jaxalign.losses.distillation import generalized_jsd
+from jaxalign.losses.policy import POLICY, Surrogate, cispo, gmpo, grpo, policy_ratio, reinforce, sapo, vespo
+from jaxalign.losses.policy import options_of as policy_options
 from jaxalign.losses.preference import discopop, dpo, exo_pair, hinge, ipo, robust, sigmoid_norm
 from jaxalign.losses.ratios import PairLosses
 from jaxalign.losses.reference_free import cpo, cpo_hinge, cpo_ipo, orpo, simpo
@@ -21,10 +23,11 @@ from jaxalign.losses.triples import tpo, tpo_hinge, tpo_ipo, tpo_l
 from jaxalign.losses.unpaired import UNPAIRED, apo_zero_unpaired, bco, kto
 
 __all__ = [
-    "LOG_PROB_OPTIONS", "LOSSES", "TOKEN_LOSSES", "UNPAIRED", "PairLosses", "Preference", "aot", "aot_unpaired",
-    "apo_down", "apo_zero", "apo_zero_unpaired", "attributes", "bco", "bco_pair", "bradley_terry", "check_terms",
-    "compose", "cpo", "cpo_hinge", "cpo_ipo", "discopop", "dpo", "exo_pair", "generalized_jsd", "hinge", "ipo", "kto",
-    "nca_pair", "orpo", "robust", "sigmoid_norm", "simpo", "sppo_hard", "tpo", "tpo_hinge", "tpo_ipo", "tpo_l",
+    "LOG_PROB_OPTIONS", "LOSSES", "POLICY", "TOKEN_LOSSES", "UNPAIRED", "PairLosses", "Preference", "Surrogate", "aot",
+    "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "attributes", "bco", "bco_pair", "bradley_terry",
+    "check_terms", "cispo", "compose", "cpo", "cpo_hinge", "cpo_ipo", "discopop", "dpo", "exo_pair", "generalized_jsd",
+    "gmpo", "grpo", "hinge", "ipo", "kto", "nca_pair", "orpo", "policy_options", "policy_ratio", "reinforce", "robust",
+    "sapo", "sigmoid_norm", "simpo", "sppo_hard", "tpo", "tpo_hinge", "tpo_ipo", "tpo_l", "vespo",
 ]  # fmt: skip
 
 LOG_PROB_OPTIONS: dict[str, Any] = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl"}

@@ -31,6 +31,7 @@ __all__ = [
     "init",
     "init_cache",
     "unembed",
+    "unstacked",
     "value",
 ]
 
@@ -94,8 +95,9 @@ def apply(
         plain causal attention, in which right padding needs no mask.
       prefix_ids_RT: int32; the segment that a token sees besides its own (0: none), of the same row and before it. A
         segment that several share is computed once. Windows count slots, so not for models with sliding windows.
-      cache: from `init_cache`; the T tokens are written at [index, index + T) and see what stands before them. Then
-        segment ids are required, 0 for padding.
+      cache: from `init_cache`, a ring that all rows write at the same slots [index, index + T), which have to lie
+        within it. A row sees what it has written; segments and prefixes are not for caches. T tokens that fill it begin
+        it: they are computed as without one, right padding is theirs.
       dropout_keys_R: a key (`jax.random.key`) for each row, by which inputs of adapters are dropped (with the rate of
         lora.Spec.dropout); None: nothing is.
 
@@ -139,13 +141,34 @@ def value(cfg: ModelConfig, params: Params, hidden_RTD: jax.Array) -> jax.Array:
     return jnp.einsum("RTD,DK->RTK", hidden_RTD, kernel, preferred_element_type=jnp.float32)
 
 
-def init_cache(cfg: ModelConfig, rows: int, length: int) -> Params:
-    """An empty cache of `length` slots: k and v [L, R, S, K, H] in cfg.compute_dtype, segment_ids [R, S], index."""
-    shape = (cfg.num_hidden_layers, rows, length, cfg.num_key_value_heads, cfg.head_dim)
-    buffer = jnp.zeros(shape, cfg.compute_dtype)
+def unstacked(params: Params) -> Params:
+    """The weights with a tuple of layers in place of stacked ones, for `apply` with a cache of the same form.
+
+    Decoding touches every weight once a token. Where a loop over stacked layers copies each layer's slice to compute
+    with it (XLA on CPU), layers that stand for themselves are faster, and compile for longer.
+    """
+    layers, count = params["layers"], len(jax.tree.leaves(params["layers"])[0])
+    return params | {"layers": tuple(jax.tree.map(lambda x, n=n: x[n], layers) for n in range(count))}
+
+
+def init_cache(cfg: ModelConfig, rows: int, length: int, *, stacked: bool = True) -> Params:
+    """An empty cache of `length` slots.
+
+    Returns:
+      k and v [L, R, K, S, H] in cfg.compute_dtype, or tuples of L arrays [R, K, S, H] for `unstacked` weights; index
+      int32, the slot that is written next; lengths [R] int32, the tokens that a row has in the cache (-n: its next n
+      tokens are padding).
+    """
+    depth, shape = cfg.num_hidden_layers, (rows, cfg.num_key_value_heads, length, cfg.head_dim)
+
+    def buffers() -> Any:
+        if stacked:
+            return jnp.zeros((depth, *shape), cfg.compute_dtype)
+        return tuple(jnp.zeros(shape, cfg.compute_dtype) for _ in range(depth))
+
     return {
-        "k": buffer,
-        "v": jnp.zeros_like(buffer),
-        "segment_ids": jnp.zeros((rows, length), jnp.int32),
+        "k": buffers(),
+        "v": buffers(),
         "index": jnp.zeros((), jnp.int32),
+        "lengths": jnp.zeros(rows, jnp.int32),
     }

@@ -101,6 +101,21 @@ def distance(n_queries: int, n_keys: int, first_query: jax.Array | int = 0) -> j
     return (first_query + jnp.arange(n_queries))[:, None] - jnp.arange(n_keys)[None, :]
 
 
+def age(n_queries: int, n_keys: int, index: jax.Array) -> jax.Array:
+    """How many tokens before query t, which stands in slot `index + t` of a ring, slot s was written: int32 [T, S]."""
+    return distance(n_queries, n_keys, index) % n_keys
+
+
+def cache_mask(age_TS: jax.Array, lengths_R: jax.Array, *, window: int | None = None) -> jax.Array:
+    """True where a query may look in a cache: bool [R, T, S].
+
+    A row sees what it has written, itself included: the `lengths` tokens before this call's and the call's own.
+    """
+    seen_RT = lengths_R[:, None] + 1 + jnp.arange(age_TS.shape[0])
+    mask = age_TS < seen_RT[:, :, None]
+    return mask if window is None else mask & (age_TS < window)
+
+
 def attention_mask(
     distance_TS: jax.Array,
     query_segments_RT: jax.Array | None = None,

@@ -173,7 +173,7 @@ class Attention(nn.Module):
         rope: Any,
         seen: Any,
         cache: Any,
-        layer: jax.Array,
+        layer: Any,
         index: Any,
         window: Any,
         dropout_keys_R: jax.Array | None,
@@ -194,15 +194,12 @@ class Attention(nn.Module):
             q = RMSNorm(cfg.rms_norm_eps, name="q_norm")(q)
             k = RMSNorm(cfg.rms_norm_eps, name="k_norm")(k)
         q, k, v = (attention.split_time(x) for x in (rotate(q, *rope), rotate(k, *rope), v))
+        decoding = cache is not None and time < cache[0].shape[-2]
         if cache is not None:
-            # The cache is a carry of the layer scan, written at [layer, :, index:index + T]: XLA updates it in place.
-            zero = jnp.zeros((), index.dtype)
-            start = (layer.astype(index.dtype), zero, index, zero, zero)
-            cache = tuple(
-                lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
-                for old, new in zip(cache, (k, v), strict=True)
-            )
-            k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
+            cache = tuple(_extend(old, new, layer, index) for old, new in zip(cache, (k, v), strict=True))
+        if decoding:
+            k, v = (x if layer is None else lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cfg.attention == "xla":
             mask, distance = seen
             out = attention.attend(q, k, v, mask if window is None else mask & (distance < window))
@@ -211,8 +208,22 @@ class Attention(nn.Module):
             kernels = [functools.partial(flash.attend, cfg.attention, window=w) for w in _windows(cfg)]
             out = lax.switch(window, kernels, q, k, v, seen)
         out = attention.split_time(out).reshape(rows, time, cfg.num_attention_heads * cfg.head_dim)
+        if decoding:
+            out = sharding.constrain(out, "data", None, "tensor")  # see `_activation`
         projection = linear(cfg.hidden_size, ("heads", "embed"), use_bias=cfg.attention_out_bias, name="o_proj")
         return projection(out, dropout_keys_R), cache
+
+
+def _extend(cache: jax.Array, new_RTKH: jax.Array, layer: Any, index: jax.Array) -> jax.Array:
+    """A cache [R, K, S, H] (layer is None), or that of one of all layers, with new entries at index: in place.
+
+    Heads stand before slots, as the products of `attend` want them: no step turns the cache around.
+    """
+    zero = jnp.zeros((), index.dtype)
+    start, new = [zero, zero, index, zero], new_RTKH.swapaxes(1, 2).astype(cache.dtype)
+    if layer is not None:
+        start, new = [layer.astype(index.dtype), *start], new[None]
+    return lax.dynamic_update_slice(cache, new, start)
 
 
 class MLP(nn.Module):
@@ -237,18 +248,19 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: Any, rope: Any, seen: Any, index: Any, dropout_keys_R: Any, layer: jax.Array, window: Any
+        self, carry: Any, rope: Any, seen: Any, index: Any, dropout_keys_R: Any, layer: Any, window: Any
     ) -> tuple[Any, None]:
         cfg = self.cfg
         x, cache = carry
+        decoding = cache is not None and x.shape[1] < cache[0].shape[-2]
         keys_R = None if dropout_keys_R is None else fold_in(dropout_keys_R, layer)
         norm = functools.partial(RMSNorm, cfg.rms_norm_eps)
         attended, cache = Attention(cfg, name="self_attn")(
             norm(name="input_layernorm")(x), rope, seen, cache, layer, index, window, keys_R
         )
-        x = _activation(x + attended)
+        x = _activation(x + attended, decoding)
         x = x + MLP(cfg, name="mlp")(norm(name="post_attention_layernorm")(x), keys_R)
-        return (_activation(x), cache), None
+        return (_activation(x, decoding), cache), None
 
 
 def look_up(table: Any, tokens_RT: jax.Array, dtype: Any) -> jax.Array:
@@ -264,7 +276,14 @@ def _windows(cfg: ModelConfig) -> tuple[int | None, ...]:
     return tuple(dict.fromkeys(cfg.sliding_windows))
 
 
-def _activation(x_RTD: jax.Array) -> jax.Array:
+def _activation(x_RTD: jax.Array, decoding: bool = False) -> jax.Array:
+    """Where activations lie between layers.
+
+    While decoding they are few and the weights many: states are split as the kernels' inputs are, so that it is they
+    that travel, at every token, and not the weights (Pope et al. 2022, weight-stationary).
+    """
+    if decoding:
+        return sharding.constrain(x_RTD, "data", None, ("fsdp", "sequence"))
     return sharding.constrain(x_RTD, sharding.ROWS, "sequence", None)
 
 
@@ -283,37 +302,42 @@ class Decoder(nn.Module):
         cache: Any,
         dropout_keys_R: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
+        n_queries = tokens_RT.shape[1]
+        index: Any = None
+        buffers: Any = None
+        decoding = False
+        if cache is not None:
+            assert segment_ids_RT is None, "a cache says itself what its rows see"
+            index, buffers = cache["index"], (cache["k"], cache["v"])
+            # What fills a cache begins it and sees itself alone: that is attention as without one.
+            decoding = n_queries < jax.tree.leaves(buffers)[0].shape[-2]
         name, reason = attention.choose(
-            self.cfg,
-            packed=segment_ids_RT is not None,
-            prefixes=prefix_ids_RT is not None,
-            cached=cache is not None,
+            self.cfg, packed=segment_ids_RT is not None, prefixes=prefix_ids_RT is not None, cached=decoding
         )
-        if cache is None and sharding.platform() != "cpu":  # where there is nothing to choose, nothing is said
+        if not decoding and sharding.platform() != "cpu":  # where there is nothing to choose, nothing is said
             attention.say(name, reason)
         cfg = dataclasses.replace(self.cfg, attention=name)
         dtype = jnp.dtype(cfg.compute_dtype)
         shape = (cfg.vocab_size, cfg.hidden_size)
         table = functools.partial(Table, "embedding", shape, ("vocab", None), cfg.initializer_range)
-        x = _activation(look_up(table(name="embed_tokens")(), tokens_RT, dtype))
+        x = _activation(look_up(table(name="embed_tokens")(), tokens_RT, dtype), decoding)
 
         angles = positions_RT[..., None].astype(jnp.float32) * rope_frequencies(cfg)
         rope = (jnp.cos(angles), jnp.sin(angles))
 
-        n_queries = tokens_RT.shape[1]
-        index, buffers, first = None, None, 0
-        keys_RS, queries_RT = segment_ids_RT, segment_ids_RT
-        if cache is not None:
-            assert segment_ids_RT is not None, "with a cache, segment ids say which tokens are real"
-            index, buffers, first = cache["index"], (cache["k"], cache["v"]), cache["index"]
-            keys_RS = lax.dynamic_update_slice(cache["segment_ids"], segment_ids_RT, (jnp.zeros_like(index), index))
-        n_keys = n_queries if cache is None else cache["k"].shape[2]
+        n_keys = jax.tree.leaves(buffers)[0].shape[-2] if decoding else n_queries
         windows = _windows(cfg)
         if cfg.attention == "xla":
             uniform = len(windows) == 1  # one static window, or none: the mask is made once, outside of the scan
-            distance_TS = attention.distance(n_queries, n_keys, first)
             window = windows[0] if uniform else None
-            mask = attention.attention_mask(distance_TS, queries_RT, keys_RS, prefixes_RT=prefix_ids_RT, window=window)
+            if decoding:
+                distance_TS = attention.age(n_queries, n_keys, index)
+                mask = attention.cache_mask(distance_TS, cache["lengths"], window=window)
+            else:
+                distance_TS = attention.distance(n_queries, n_keys)
+                mask = attention.attention_mask(
+                    distance_TS, segment_ids_RT, segment_ids_RT, prefixes_RT=prefix_ids_RT, window=window
+                )
             seen: Any = (mask, distance_TS)
             window_L = None if uniform else jnp.array([w or n_keys for w in cfg.sliding_windows], jnp.int32)
         else:
@@ -323,17 +347,27 @@ class Decoder(nn.Module):
         body = Layer
         if REMAT_POLICIES[cfg.remat] is not None and cache is None:
             body = nn.remat(Layer, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
-        layers = nn.scan(
-            body,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
-            length=cfg.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-            check_constancy_invariants=False,  # would trace the body once more
-        )(cfg, name="layers")
-        layer_L = jnp.arange(cfg.num_hidden_layers)
-        (x, buffers), _ = layers((x, buffers), rope, seen, index, dropout_keys_R, layer_L, window_L)
+        unstacked: Any = self.get_variable("params", "layers")
+        if isinstance(unstacked, tuple):  # models.unstacked: a layer after the other, each with a cache of its own
+            new = []
+            for n, (weights, k, v) in enumerate(zip(unstacked, *buffers, strict=True)):
+                its_window = None if window_L is None else window_L[n]
+                layer: Any = functools.partial(Layer(cfg, parent=None).apply, {"params": weights})
+                (x, own), _ = layer((x, (k, v)), rope, seen, index, dropout_keys_R, None, its_window)
+                new.append(own)
+            buffers = tuple(zip(*new, strict=True))
+        else:
+            layers = nn.scan(
+                body,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+                length=cfg.num_hidden_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+                check_constancy_invariants=False,  # would trace the body once more
+            )(cfg, name="layers")
+            layer_L = jnp.arange(cfg.num_hidden_layers)
+            (x, buffers), _ = layers((x, buffers), rope, seen, index, dropout_keys_R, layer_L, window_L)
 
         x = RMSNorm(cfg.rms_norm_eps, name="norm")(x)
         if cfg.num_labels:
@@ -341,5 +375,10 @@ class Decoder(nn.Module):
         elif not cfg.tie_word_embeddings:
             table(name="lm_head")()
         if cache is not None:
-            cache = {"k": buffers[0], "v": buffers[1], "segment_ids": keys_RS, "index": first + n_queries}
+            cache = {
+                "k": buffers[0],
+                "v": buffers[1],
+                "index": (index + n_queries) % jax.tree.leaves(buffers)[0].shape[-2],
+                "lengths": cache["lengths"] + n_queries,
+            }
         return x, cache

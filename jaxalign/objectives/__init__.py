@@ -14,6 +14,7 @@ An objective is called as `objective(params, frozen, batch, aux, key) -> (scalar
   couple(batch) -> leaves [R, ...]   what follows from that over the whole global batch
   init_aux() -> leaves               what the objective keeps from step to step in `TrainState.aux`, at first, and
   next_aux(aux, metrics) -> leaves   after a step with the metrics of the whole batch
+  estimator, beta, kl_in_reward      of kind prompts: how a rollout's rewards become advantages (`advantages.combine`)
 
 The scalar of a micro-batch is sum over terms of weight * S_term / W_term with the W of the whole batch
 (`batch["denominators"]`, which the step fills in), so that the sum over any split is the loss of the whole. The leaves
@@ -33,13 +34,14 @@ from jaxalign.messages import did_you_mean
 from jaxalign.models.config import ModelConfig
 from jaxalign.objectives.batches import WIDTHS, Batch
 from jaxalign.objectives.pairwise import Pairwise, pairwise
+from jaxalign.objectives.policy import Policy, make_policy
 from jaxalign.objectives.reward import Attributes, Reward, make_reward, score
 from jaxalign.objectives.sft import Sft
 from jaxalign.objectives.unpaired import Unpaired, make_unpaired, unpaired_kind
 
 __all__ = [
-    "LOSSES", "WIDTHS", "Attributes", "Batch", "Loss", "Pairwise", "Reward", "Sft", "Unpaired", "check_names",
-    "kind_of", "make", "needs_reference", "options_of", "pairwise", "score", "takers",
+    "LOSSES", "WIDTHS", "Attributes", "Batch", "Loss", "Pairwise", "Policy", "Reward", "Sft", "Unpaired",
+    "check_names", "kind_of", "make", "needs_reference", "options_of", "pairwise", "score", "takers",
 ]  # fmt: skip
 
 
@@ -52,8 +54,9 @@ class Loss:
       summary: what it is, in a line.
       build: (cfg, name, **options) -> the objective of this loss alone.
       options: keywords that a config may set, with their defaults.
-      needs_reference: it compares with log-probs under a reference.
+      needs_reference: it compares with log-probs under a reference; those of prompts do where their beta is not 0.
       head: "lm", or "score" where the model gives rewards.
+      sampling: keywords of `build` that say how completions were sampled, which no loss.* key does.
     """
 
     kind: str
@@ -62,6 +65,7 @@ class Loss:
     options: Mapping[str, Any]
     needs_reference: bool = False
     head: str = "lm"
+    sampling: tuple[str, ...] = ()
 
 
 def _summary(function: Callable[..., Any]) -> str:
@@ -75,6 +79,8 @@ def _options(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+SAMPLING = ("temperature", "max_completion_length")
+
 LOSSES: dict[str, Loss] = {
     **{
         name: Loss(loss.kind, _summary(loss.function), pairwise, loss.options, loss.needs_reference)
@@ -84,6 +90,10 @@ LOSSES: dict[str, Loss] = {
     **{
         name: Loss(unpaired_kind(name), _summary(function), make_unpaired, _options(function), needs_reference=True)
         for name, function in losses.UNPAIRED.items()
+    },
+    **{
+        name: Loss("prompts", loss.summary, make_policy, losses.policy_options(name), sampling=SAMPLING)
+        for name, loss in losses.POLICY.items()
     },
     "reward": Loss("pairs", _summary(losses.bradley_terry), make_reward, _options(losses.bradley_terry), head="score"),
     "attributes": Loss("scored", _summary(losses.attributes), make_reward, {"reward_weights": None}, head="score"),
@@ -100,7 +110,7 @@ def make(cfg: ModelConfig, loss: str | Mapping[str, float], **options: Any) -> A
     terms = {loss: 1.0} if isinstance(loss, str) else dict(loss)
     check_names(terms)
     options = {name: value for name, value in options.items() if value is not None}
-    taken = {option for name in terms for option in LOSSES[name].options}
+    taken = {option for name in terms for option in (*LOSSES[name].options, *LOSSES[name].sampling)}
     if inert := set(options) - taken:
         hint = did_you_mean(min(inert), taken)
         raise ValueError(f"loss {sorted(terms)} takes {sorted(taken)}, not {sorted(inert)}{hint}")
@@ -133,9 +143,12 @@ def options_of(name: str) -> Mapping[str, Any]:
     return LOSSES[name].options
 
 
-def needs_reference(terms: Iterable[str]) -> bool:
-    """Whether one of the losses compares with a reference."""
-    return any(LOSSES[name].needs_reference for name in terms)
+def needs_reference(terms: Iterable[str], beta: float | None = None) -> bool:
+    """Whether one of the losses compares with a reference, given `loss.beta` (None: the loss's own)."""
+    return any(
+        bool(loss.options["beta"] if beta is None else beta) if loss.kind == "prompts" else loss.needs_reference
+        for loss in (LOSSES[name] for name in terms)
+    )
 
 
 def takers(option: str) -> list[str]:

@@ -18,7 +18,7 @@ from jaxalign.metrics import Mean, Metrics
 
 Batch = Mapping[str, Any]
 
-WIDTHS = {"pairs": 2, "labelled": 2, "singles": 1, "chats": 1, "triples": 3, "scored": 1}
+WIDTHS = {"pairs": 2, "labelled": 2, "singles": 1, "chats": 1, "triples": 3, "scored": 1, "prompts": 1}
 """Kinds of examples, and the sequences that one of them has."""
 
 TOKEN_STATISTICS = ("logps", "entropy", "mean_logit", "correct")
@@ -70,12 +70,12 @@ def by_example(x_RS: jax.Array, width: int) -> jax.Array:
 
 def by_row(x_EW: jax.Array, batch: Batch) -> jax.Array:
     """The inverse of `by_example`: [E, W] as [R, S]."""
-    return x_EW.reshape(batch["tokens"].shape[0], _slots(batch))
+    return x_EW.reshape(batch["tokens"].shape[0], slots(batch))
 
 
 def per_sequence(x_RT: jax.Array, mask_RT: jax.Array, batch: Batch) -> jax.Array:
     """Sums of x over the masked tokens of each sequence: [R, S], see `logprobs.per_sequence`."""
-    return logprobs.per_sequence(x_RT, mask_RT, batch.get("segment_ids"), num_segments=_slots(batch))
+    return logprobs.per_sequence(x_RT, mask_RT, batch.get("segment_ids"), num_segments=slots(batch))
 
 
 def sums(x_RT: jax.Array, mask_RT: jax.Array, batch: Batch, width: int) -> jax.Array:
@@ -101,7 +101,7 @@ def inside(batch: Batch) -> jax.Array:
     segment_ids = batch.get("segment_ids")
     if segment_ids is None:
         return jnp.arange(batch["tokens"].shape[1]) < batch["lengths"][:, None]
-    return (segment_ids > 0) & (segment_ids <= _slots(batch))
+    return (segment_ids > 0) & (segment_ids <= slots(batch))
 
 
 def place(batch: Batch, width: int) -> jax.Array:
@@ -148,6 +148,6 @@ def mean(x: jax.Array, mask: jax.Array) -> Mean:
     return Mean(jnp.where(mask, x, 0).sum(), mask.sum().astype(jnp.float32))
 
 
-def _slots(batch: Batch) -> int:
+def slots(batch: Batch) -> int:
     """S, the sequences that a row can hold."""
     return batch["ends"].shape[1] if "ends" in batch else 1

@@ -1,21 +1,23 @@
 """Rows of data sets -> examples: pure functions `row -> Example | list[Example] | None`, by name in FORMATS.
 
 A row that a format cannot read raises RowError; None leaves a row out. A new format is a function and an entry.
+Formats of a user's own go before these: see `data.transform`.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxalign.data.formats.example import Example, Messages, RowError, read_number
+from jaxalign.data.formats.example import LEFT_OUT, Example, Messages, RowError, read_number
 from jaxalign.data.formats.hh import hh, is_transcript
 from jaxalign.data.formats.kinds import KINDS, LABELLED, TRAIN_ON, convert
 from jaxalign.data.formats.pairs import extract_prompt, pairs, triples
-from jaxalign.data.formats.singles import alpaca, dolly, gsm8k, messages, prompt_completion, text
+from jaxalign.data.formats.singles import alpaca, dolly, gsm8k, math, messages, prompt_completion, prompts, text
 
 __all__ = [
     "FORMATS",
     "KINDS",
     "LABELLED",
+    "LEFT_OUT",
     "TRAIN_ON",
     "Example",
     "Messages",
@@ -24,6 +26,7 @@ __all__ = [
     "default_format",
     "detect",
     "extract_prompt",
+    "read",
     "read_number",
 ]
 
@@ -33,10 +36,12 @@ FORMATS: dict[str, Callable[..., Example | list[Example] | None]] = {
     "hh": hh,
     "prompt_completion": prompt_completion,
     "messages": messages,
+    "prompts": prompts,
     "text": text,
     "dolly": dolly,
     "alpaca": alpaca,
     "gsm8k": gsm8k,
+    "math": math,
 }
 
 # The columns that show a format with one response, the telling ones first.
@@ -46,8 +51,20 @@ _SINGLES = {
     "alpaca": ("instruction", "output"),
     "dolly": ("instruction", "response"),
     "gsm8k": ("question", "answer"),
+    "math": ("problem", "solution"),
     "text": ("text",),
 }
+
+
+def read(row: Any, format: str, kind: str) -> list[Example]:
+    """The examples of a kind that a row in a format gives; raises RowError if it is none."""
+    if isinstance(row, str):
+        raise RowError("not JSON", "the line cannot be read")
+    found = FORMATS[format](row)
+    if found is None:
+        raise RowError(f"{LEFT_OUT} the format", format)
+    examples = found if isinstance(found, list) else [found]
+    return [new for example in examples for new in convert(example, kind)]
 
 
 def detect(row: Any, kind: str = "pairs") -> str | None:
@@ -58,6 +75,8 @@ def detect(row: Any, kind: str = "pairs") -> str | None:
     two_sided, single = _two_sided(row, kind), _single(row)
     if kind in ("pairs", "triples"):
         return two_sided
+    if kind == "prompts":
+        return "prompts" if _is_prompt(row) else two_sided or single
     if kind in LABELLED and "label" not in row:
         return two_sided or single
     return single or two_sided
@@ -65,7 +84,8 @@ def detect(row: Any, kind: str = "pairs") -> str | None:
 
 def default_format(kind: str) -> str:
     """The format whose errors say what a row lacks, where no row told its format."""
-    return {"pairs": "pairs", "triples": "triples", "chats": "messages"}.get(kind, "prompt_completion")
+    named = {"pairs": "pairs", "triples": "triples", "chats": "messages", "prompts": "prompts"}
+    return named.get(kind, "prompt_completion")
 
 
 def _two_sided(row: Mapping[str, Any], kind: str) -> str | None:
@@ -77,6 +97,14 @@ def _two_sided(row: Mapping[str, Any], kind: str) -> str | None:
     if isinstance(chosen, (str, list)) and isinstance(rejected, (str, list)):
         return "pairs"
     return None
+
+
+def _is_prompt(row: Mapping[str, Any]) -> bool:
+    """Whether a row names its prompt. Text beside the turns of a pair is no more than one of these."""
+    if isinstance(row.get("prompt"), list) or isinstance(row.get("messages"), list):
+        return True
+    turns = [name for name in ("chosen", "completion") if isinstance(row.get(name), list)]
+    return isinstance(row.get("prompt"), str) and not turns
 
 
 def _single(row: Mapping[str, Any]) -> str | None:

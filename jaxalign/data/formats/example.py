@@ -7,6 +7,9 @@ from typing import Any
 Message = dict[str, Any]
 Messages = list[Message]
 
+LEFT_OUT = "left out by"
+"""What the reason of a row begins with that nothing is wrong with: somebody does not want it."""
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 

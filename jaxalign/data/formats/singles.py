@@ -1,4 +1,4 @@
-"""Rows with one response or none: prompt and completion, chat messages, instructions, plain text."""
+"""Rows with one response or none: prompt and completion, chat messages, instructions, prompts, plain text."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -41,6 +41,23 @@ def messages(row: Mapping[str, Any]) -> Example:
     return replace(example, label=read_label(row))
 
 
+def prompts(row: Mapping[str, Any]) -> Example:
+    """Reads a prompt without a response: `prompt` as messages (the assistant goes on with a turn of its own that ends
+    them), else the turns of `messages` before the assistant's last one, else `prompt` as text."""
+    columns = row if isinstance(row, Mapping) else {}
+    whole = isinstance(columns.get("messages"), list) and not isinstance(columns.get("prompt"), list)
+    prompt = read_side(row, "messages" if whole else "prompt")
+    if isinstance(prompt, str):
+        return Example(prompt, ())
+    roles = [turn["role"] for turn in prompt]
+    if whole and "assistant" in roles:
+        last = len(roles) - 1 - roles[::-1].index("assistant")
+        prompt, roles = prompt[:last], roles[:last]
+    if not roles or "system" in roles[1:] or roles[-1] not in ("user", "tool", "assistant"):
+        raise RowError("wrong roles", f"the prompt is {', '.join(roles) or 'nothing'}, expected it to end with user")
+    return Example(prompt, ())
+
+
 def text(row: Mapping[str, Any]) -> Example:
     """Reads `text`, or a `prompt` that stands alone: plain text without a prompt."""
     return Example("", (read_text(row, "text" if "text" in row else "prompt"),))
@@ -60,6 +77,11 @@ def alpaca(row: Mapping[str, Any]) -> Example:
 def gsm8k(row: Mapping[str, Any]) -> Example:
     """Reads GSM8K's `question` and `answer` as a user's turn and its answer."""
     return _instruction(row, "question", None, "answer")
+
+
+def math(row: Mapping[str, Any]) -> Example:
+    """Reads MATH's `problem` and `solution` as a user's turn and its answer."""
+    return _instruction(row, "problem", None, "solution")
 
 
 def _instruction(row: Mapping[str, Any], asked: str, more: str | None, answer: str) -> Example:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from jaxalign import hf
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("llama", "qwen2", "qwen3")
+FIRST_FAMILY = ("llama", *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:]))
+"""For what looks at a loss: families differ in the forward pass, which test_models and test_logprobs do for all."""
 
 # Suggested by tests/golden/README.md, section 3, for float32 JAX on CPU.
 LOGPS = dict(rtol=0, atol=1e-4)

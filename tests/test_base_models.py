@@ -245,6 +245,7 @@ def run(tmp_path_factory):
         return runs.run(folder / "run", **changes, **TOKENIZER).folder
 
 
+@pytest.mark.slow
 def test_a_run_trains_exports_generates_and_evaluates_with_the_tokens_of_its_config(run, capsys):
     cfg, params, tokenizer = export.load_run(run)
     assert tokenizer.convert_tokens_to_ids("<|eot|>") == 384 == tokenizer.eos_token_id and cfg.vocab_size == 512

@@ -100,6 +100,7 @@ def test_prompts_are_of_mixed_lengths_and_hold_no_pad_token(bench):
     assert [len(prompt) for prompt in other] == lengths and max(map(max, other)) < 100
 
 
+@pytest.mark.slow
 def test_the_jaxalign_worker_completes_prompts_with_a_random_model(bench, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     shapes = importlib.import_module("benchmark_gpu").SHAPES

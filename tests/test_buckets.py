@@ -252,7 +252,7 @@ def test_checkpoints_keep_the_newest_and_the_best_and_restore(root):
     assert step == 2 and params["w"][0, 0] == 2
 
 
-@pytest.mark.parametrize("change", ["new", pytest.param("anew", marks=pytest.mark.slow), "aside"])
+@pytest.mark.parametrize("change", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("new", "anew")), "aside"])
 def test_killed_at_any_moment_each_step_is_whole_or_not_there(bucket, root, change):
     """Every state that the bucket passes through is what a kill may leave."""
     with Checkpoints(root / "c", keep=2) as checkpoints:

@@ -159,6 +159,7 @@ def lora_run(tmp_path_factory):
         return runs.run(tmp_path_factory.mktemp("lora") / "run", **changes).folder
 
 
+@pytest.mark.slow
 def test_a_merged_export_adds_the_adapters_to_the_weights_that_the_base_has_on_disk(lora_run, tmp_path):
     target = export.export(lora_run, tmp_path / "out")
     config = export.read_config(lora_run / "config.json")
@@ -191,6 +192,7 @@ def test_a_merged_export_adds_the_adapters_to_the_weights_that_the_base_has_on_d
         np.testing.assert_allclose(exported[name], want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_adapter_export_beside_its_base_answers_as_the_merged_one(lora_run, tmp_path, capsys):
     target = export.export(lora_run, tmp_path / "adapter", adapter=True)
     assert (target / "adapter_config.json").exists() and not (target / "model.safetensors").exists()

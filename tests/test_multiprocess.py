@@ -176,7 +176,7 @@ train.Training.step = step
 }
 
 
-@pytest.mark.parametrize("when", FAILURES)
+@pytest.mark.parametrize("when", ["before the first step", pytest.param("between checkpoints", marks=pytest.mark.slow)])
 def test_an_error_in_one_process_ends_both_within_a_minute_and_is_read_on_both_consoles(tmp_path, when):
     mark = tmp_path / "failed"
     with pytest.MonkeyPatch.context() as patch:

@@ -42,7 +42,7 @@ def no_reference(monkeypatch):
     ("name", "options", "extra"),
     [
         ("orpo", {}, {"nll_loss", "log_odds_ratio", "log_odds_chosen"}),
-        ("simpo", {"loss__gamma_beta_ratio": 0.3}, set()),
+        pytest.param("simpo", {"loss__gamma_beta_ratio": 0.3}, set(), marks=pytest.mark.slow),
     ],
 )
 def test_without_a_reference_none_is_held_or_scored(name, options, extra, tmp_path, no_reference):

@@ -7,7 +7,19 @@ import jax
 import numpy as np
 import optax
 import pytest
-from common import FAMILIES, GRADIENT_NORM, LOSS, REWARD, SEQUENCE_LOGPS, case, model, packed, pair_batch, positions
+from common import (
+    FAMILIES,
+    FIRST_FAMILY,
+    GRADIENT_NORM,
+    LOSS,
+    REWARD,
+    SEQUENCE_LOGPS,
+    case,
+    model,
+    packed,
+    pair_batch,
+    positions,
+)
 from programs import SCORE, assert_golden_gradients, hf_norms, in_two_programs
 
 from jaxalign import losses, metrics, models, objectives, optim, reference, sharding, step
@@ -85,7 +97,11 @@ def scored(family, batch):
 
 @pytest.mark.parametrize(
     ("name", "family", "compute"),
-    [(name, family, in_two_programs) for name in (*DPO, *REFERENCE_FREE, *TRIPLES) for family in FAMILIES]
+    [
+        pytest.param(name, family, in_two_programs, marks=[] if family == "llama" else [pytest.mark.slow])
+        for name in (*DPO, *REFERENCE_FREE, *TRIPLES)
+        for family in FAMILIES
+    ]
     + [("dpo_sigmoid_plus_sft", "llama", in_one_program), ("dpo_aot_ls0.1", "qwen2", in_one_program)]
     + [("orpo_beta0.1", "qwen3", in_one_program)],
 )
@@ -206,7 +222,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_unpacked_ones(terms, options
         assert not got[3][key][6:].any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST_FAMILY)
 def test_label_smoothing_is_applied_where_trl_ignores_it(family):
     golden, a = case(family, "dpo_sigmoid_ls0.1")
     cfg, params = model(family)
@@ -222,7 +238,7 @@ def test_label_smoothing_is_applied_where_trl_ignores_it(family):
     np.testing.assert_allclose(loss, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST_FAMILY)
 def test_a_training_curve_equals_trls(family):
     """Six real steps: AdamW, decay, linear schedule from 0, clipping at 1, two accumulation steps."""
     golden, a = case(family, "dpo_train")
@@ -440,7 +456,7 @@ def test_the_loss_of_distributions_over_an_evaluation_is_that_of_one_batch(monke
     assert objective.total(examples) == pytest.approx(float(whole), rel=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST_FAMILY)
 def test_in_bfloat16_the_reference_is_scored_as_the_step_scores(family):
     """On CPU both programs round alike; DESIGN gives up to 3e-2 where they do not (GPU, TPU)."""
     cfg, params = model(family)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import FAMILIES, LAYOUTS, LOSS, SEQUENCE_LOGPS, case, model, packed, positions
+from common import FAMILIES, FIRST_FAMILY, LAYOUTS, LOSS, SEQUENCE_LOGPS, case, model, packed, positions
 from programs import CFG, SCORE, assert_golden_gradients, forward_and_pullback, hf_norms, in_two_programs
 
 from jaxalign import logprobs, metrics, models, objectives, optim, sharding, step
@@ -128,9 +128,7 @@ def test_loss_metrics_and_gradients_equal_trl(name, family, monkeypatch):
         np.testing.assert_allclose(values["sampling/sampling_logp_difference/max"], difference.max(), **LOSS)
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[] if f == "llama" else [pytest.mark.slow]) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", FIRST_FAMILY)
 def test_a_training_curve_equals_trls(family):
     """Four real steps, two on each generation batch: the second one's ratios are no longer 1."""
     golden, a = case(family, "grpo_train")

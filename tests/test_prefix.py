@@ -54,9 +54,8 @@ def test_a_run_with_shared_prompts_has_the_numbers_of_one_without(whole, tmp_pat
     check(tmp_path / "shared", whole)
 
 
-@pytest.mark.parametrize(
-    ("packing", "mode"), [("on", "live"), pytest.param("shared", "cached", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("packing", "mode"), [("on", "live"), ("shared", "cached")])
 def test_a_packed_run_has_the_numbers_of_one_that_is_not_and_resumes_in_its_bits(
     whole, tmp_path, monkeypatch, capsys, packing, mode
 ):

@@ -362,7 +362,8 @@ def test_on_another_mesh_it_goes_on_within_rounding(tmp_path, monkeypatch, whole
     runs.assert_close(folder, whole)
 
 
-@pytest.mark.parametrize("name", ["adafactor", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_another_optimizers_state_and_a_moved_reference_come_back(tmp_path, monkeypatch, name):
     settings = {"optim__name": name, "reference__sync_every": 2, "epochs": None, "steps": 5}
     settings |= {"samples__prompts": None, "samples__max_new_tokens": None}

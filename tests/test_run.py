@@ -17,6 +17,7 @@ def no_picture(monkeypatch):
     monkeypatch.setattr(metrics, "plot", lambda folder: folder / "curves.png")
 
 
+@pytest.mark.slow
 def test_it_runs_twice_in_one_process_once_from_a_list_of_dicts(tmp_path):
     from_file = runs.run(tmp_path / "file", steps=4, epochs=None)
     values = runs.config(tmp_path / "list", steps=4, epochs=None, data__path=None, data__eval__path=None)

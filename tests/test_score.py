@@ -216,6 +216,7 @@ def test_the_pad_token_of_a_score_model_ends_no_sequence(tmp_path):
         assert int((np.arange(len(padded)) * (padded != want)).argmax()) == len(ids) - 1
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_and_its_export_score_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "plot", lambda folder: folder / "curves.png")
     changes = {

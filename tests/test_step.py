@@ -54,7 +54,9 @@ def assert_same(got):
         np.testing.assert_allclose(g, want, atol=1e-5 * np.abs(want).max(), rtol=0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "layout", [*(pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS[:3]), *LAYOUTS[3:]], ids=str
+)
 def test_every_layout_gives_the_loss_and_gradients_of_one_device(layout):
     assert_same(gradients(batch(), layout=layout))
 

@@ -187,6 +187,7 @@ def test_dropped_rows_are_counted_and_listed(tmp_path, no_picture):
     assert dropped["row"] == 24 and "equal" in dropped["reason"]
 
 
+@pytest.mark.slow
 def test_a_profiler_trace_is_written_and_closed(tmp_path, no_picture):
     changes = {**PLAIN, "data__eval__path": None, "eval__every": None, "steps": 3, "epochs": None}
     runs.run(tmp_path / "run", **changes, log__profile_steps=(2, 3))
@@ -270,6 +271,7 @@ def test_the_second_start_reaches_its_first_step_in_a_third_of_the_time(tmp_path
     assert second <= first / 3, (first, second)
 
 
+@pytest.mark.slow
 def test_what_the_untrained_policy_says_is_computed_once(tmp_path, monkeypatch):
     """Its log-probs are the reference's; its completions are kept beside them."""
     calls = []

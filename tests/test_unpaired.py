@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import FAMILIES, LOSS, REWARD, SEQUENCE_LOGPS, case, model, packed, positions
+from common import FIRST_FAMILY, LOSS, REWARD, SEQUENCE_LOGPS, case, model, packed, positions
 from jax.test_util import check_grads
 from programs import assert_golden_gradients, forward_and_pullback
 
@@ -171,7 +171,7 @@ def golden_batch(family, name):
     return golden, a, batch
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST_FAMILY)
 @pytest.mark.parametrize("name", CASES)
 def test_loss_metrics_and_gradients_equal_trl(name, family, monkeypatch):
     golden, a, batch = golden_batch(family, name)

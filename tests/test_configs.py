@@ -80,10 +80,11 @@ def test_a_published_recipe_says_that_it_was_not_run_and_where_it_fits(name):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "shapes").glob("*.json")), ids=lambda path: path.stem)
 def test_a_shape_is_a_model(file):
     cfg = config_from_hf(json.loads(file.read_text()))
-    size = int(re.search(r"_(\d+)b", file.stem)[1])
+    size = float(re.search(r"_([\dp]+)b", file.stem)[1].replace("p", "."))
     layer = cfg.hidden_size * (2 * cfg.head_dim * (cfg.num_attention_heads + cfg.num_key_value_heads))
     layer += 3 * cfg.hidden_size * cfg.intermediate_size
-    parameters = cfg.num_hidden_layers * layer + 2 * cfg.vocab_size * cfg.hidden_size
+    tables = 1 if cfg.tie_word_embeddings else 2
+    parameters = cfg.num_hidden_layers * layer + tables * cfg.vocab_size * cfg.hidden_size
     assert parameters / 1e9 == pytest.approx(size, rel=0.05)
 
 

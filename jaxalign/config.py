@@ -70,10 +70,9 @@ def load(source: str, overrides: Sequence[str] = (), arg: str | None = None) -> 
     Raises:
       ValueError: the file can't be used, or `validate` refuses the result; every problem is listed.
     """
-    given, default_workdir = _read(source, arg)
+    given, default_workdir, folder = _read(source, arg)
     problems: dict[str, str] = {}
     flat = _flatten(given)
-    folder = Path(source.partition(".py:")[0]).parent
     for name in ("data.format", "data.weight", "rollout.function"):
         if is_function(flat.get(name)):
             flat[name] = beside(flat[name], folder)
@@ -243,8 +242,8 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def _read(source: str, arg: str | None) -> tuple[Mapping[str, Any] | ConfigDict, str | None]:
-    """What the config file says, and the workdir of a run whose config names none."""
+def _read(source: str, arg: str | None) -> tuple[Mapping[str, Any] | ConfigDict, str | None, Path]:
+    """What the config file says, the workdir of a run whose config names none, and the folder that the file is in."""
     match = re.fullmatch(r"(.*\.py):(.*)", source) or re.fullmatch(r"(\w+):(.*)", source)
     if match:
         if arg is not None:
@@ -259,11 +258,11 @@ def _read(source: str, arg: str | None) -> tuple[Mapping[str, Any] | ConfigDict,
     if not path.is_file():
         raise ValueError(f"config {source!r} not found: expected FILE.py, a config.json, or one of {_named_configs()}")
     if path.suffix == ".json":
-        return _read_json(path, arg), None
+        return _read_json(path, arg), None, path.parent
     if path.suffix != ".py":
         raise ValueError(f"config {source!r}: expected a .py file or a config.json")
     run = path.stem if arg is None else f"{path.stem}-{re.sub(r'[^A-Za-z0-9_.=-]+', '_', arg)}"
-    return _run_file(path, arg), str(Path("runs") / run)
+    return _run_file(path, arg), str(Path("runs") / run), path.parent
 
 
 def _read_json(path: Path, arg: str | None) -> Mapping[str, Any]:

@@ -4,10 +4,8 @@
     python -m jaxalign.train --config=configs/grpo_smollm2.py
 
 "Question: Which is larger, 50 or 73?\\nAnswer:" has reward 1 where the first line of the completion is the number and
-nothing else. At first the model mostly writes sentences, and takes either number; it learns the form within a few steps
-and the comparison after that. 512 pairs of two-digit numbers to train on, 64 others held out, answered at temperature 1
-(`larger_*.jsonl`, made for this). The published settings but for the learning rate, which is above those of long runs:
-groups of 8, no KL term, one update a rollout.
+nothing else. Before training the model mostly writes sentences. 512 pairs of two-digit numbers to train on, 64 others
+held out, answered at temperature 1 (`larger_*.jsonl`, made for this). Groups of 8, no KL term, one update a rollout.
 
 Expected time: not run. Expected numbers: not run.
 """

@@ -5,16 +5,14 @@ Letters: P prompts, N answers to each, F rewards.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxalign import metrics
+from jaxalign.actor import Actor, seed_of
+from jaxalign.data.sources import Prepared
 from jaxalign.metrics import Z
-
-if TYPE_CHECKING:
-    from jaxalign.actor import Actor
-    from jaxalign.data.sources import Prepared
 
 _SLOTS_AT_ONCE = 4  # answers that are sampled before the next are rewarded and told of, in slots of the sampler
 
@@ -36,9 +34,9 @@ class Answers(NamedTuple):
 
 
 def answer(
-    actor: "Actor",
+    actor: Actor,
     params: Any,
-    prepared: "Prepared",
+    prepared: Prepared,
     *,
     n: int = 1,
     temperature: float = 0.0,
@@ -59,8 +57,7 @@ def answer(
     parts = []
     for split in np.array_split(np.arange(len(prepared)), n_parts):
         places = split.tolist()
-        drawn = int(np.random.SeedSequence([seed, places[0]]).generate_state(1)[0] >> 1)
-        sampled = actor.sample(params, prepared, places, drawn, n=n, temperature=temperature)
+        sampled = actor.sample(params, prepared, places, seed_of(seed, places[0]), n=n, temperature=temperature)
         rewards, failed = actor.reward(prepared, places, sampled)
         shape = len(places), n
         parts.append(
@@ -81,7 +78,7 @@ def answer(
     return Answers(answered, texts, tokens, finished, rewards, failed)
 
 
-def records(answers: Answers, prepared: "Prepared", names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def records(answers: Answers, prepared: Prepared, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A row for each answer: the source row's columns, prompt, completion, sample (its number), a column for each
     reward by its name (None where there is none), tokens, finished."""
     for p, place in enumerate(answers.places.tolist()):

@@ -202,15 +202,11 @@ def trl_worker(model: str, tokens: np.ndarray, args: argparse.Namespace, channel
         trainer.train()
 
 
-def tunix_worker(model: str, tokens: np.ndarray, args: argparse.Namespace, channel: Channel) -> None:
-    import functools
-
+def tunix_model(model: str, dtype: str) -> tuple[Any, Any]:
+    """(config, model) of Tunix's Llama, from a Hugging Face folder."""
     import jax
-    import optax
-    from flax import nnx
     from tunix.models.llama3 import model as llama
     from tunix.models.llama3 import params as llama_params
-    from tunix.sft.dpo import dpo_trainer
 
     hf = json.loads((Path(model) / "config.json").read_text())
     config = llama.ModelConfig(
@@ -228,9 +224,16 @@ def tunix_worker(model: str, tokens: np.ndarray, args: argparse.Namespace, chann
     # Tunix 0.1.7 never passes the config's rope_theta on and rotates with its own default of 1,000,000: the losses
     # after the first would not agree. Binding it changes no operation.
     llama.apply_rope = functools.partial(llama.apply_rope, rope_theta=config.rope_theta)
-    policy, reference = (
-        llama_params.create_model_from_safe_tensors(model, config, dtype=jax.numpy.float32) for _ in range(2)
-    )
+    return config, llama_params.create_model_from_safe_tensors(model, config, dtype=jax.numpy.dtype(dtype))
+
+
+def tunix_worker(model: str, tokens: np.ndarray, args: argparse.Namespace, channel: Channel) -> None:
+    import jax
+    import optax
+    from flax import nnx
+    from tunix.sft.dpo import dpo_trainer
+
+    policy, reference = (tunix_model(model, "float32")[1] for _ in range(2))
     optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(LEARNING_RATE, weight_decay=0.0))
     trainer = dpo_trainer.DPOTrainer(
         policy, reference, optimizer, dpo_trainer.DPOTrainingConfig(eval_every_n_steps=10**9, beta=BETA)

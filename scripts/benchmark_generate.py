@@ -48,7 +48,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from benchmark_dpo import check_quiet, cpu_seconds, export_sample_model
+from benchmark_dpo import check_quiet, cpu_seconds, export_sample_model, tunix_model
 
 # This file is also the workers' program, so only what all three environments hold is imported above: numpy.
 
@@ -143,30 +143,10 @@ def transformers_worker(model: str, on_gpu: bool, threads: int) -> tuple[Generat
 
 
 def tunix_worker(model: str, on_gpu: bool, threads: int) -> tuple[Generate, dict[str, Any]]:
-    import jax
     from tunix.generate import sampler as sampler_lib
     from tunix.generate import utils
-    from tunix.models.llama3 import model as llama
-    from tunix.models.llama3 import params as llama_params
 
-    hf = json.loads((Path(model) / "config.json").read_text())
-    config = llama.ModelConfig(
-        num_layers=hf["num_hidden_layers"],
-        vocab_size=hf["vocab_size"],
-        embed_dim=hf["hidden_size"],
-        hidden_dim=hf["intermediate_size"],
-        num_heads=hf["num_attention_heads"],
-        head_dim=hf["head_dim"],
-        num_kv_heads=hf["num_key_value_heads"],
-        rope_theta=int(hf["rope_parameters"]["rope_theta"]),
-        norm_eps=hf["rms_norm_eps"],
-        weight_tying=hf["tie_word_embeddings"],
-    )
-    # Tunix 0.1.7 never passes the config's rope_theta on and rotates with its own default of 1,000,000. Binding it
-    # changes no operation.
-    llama.apply_rope = functools.partial(llama.apply_rope, rope_theta=config.rope_theta)
-    dtype = jax.numpy.bfloat16 if on_gpu else jax.numpy.float32
-    lm = llama_params.create_model_from_safe_tensors(model, config, dtype=dtype)
+    config, lm = tunix_model(model, "bfloat16" if on_gpu else "float32")
 
     class Ids:
         """The tokenizer that Tunix wants: prompts are texts of ids here, and no text is wanted back."""

@@ -18,7 +18,7 @@ from jaxalign import config as jaxalign_config
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg` is the number of steps."""
     config = jaxalign_config.base()
-    config.steps = int(arg or 48)
+    config.steps = int(arg or 24)
     config.batch_size = 32
     config.max_length = 32
 
@@ -37,6 +37,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.rollout.stop = ("\n",)
     config.rewards.functions = ("number",)
 
-    config.eval.every = 16
-    config.checkpoint.every = 16
+    config.eval.every = 8
+    config.checkpoint.every = 8
     return config

@@ -44,11 +44,12 @@ def group(rewards_BG: np.ndarray, *, scale: str = "group") -> np.ndarray:
     return _known(centered)
 
 
-def leave_one_out(rewards_BG: np.ndarray) -> np.ndarray:
+def leave_one_out(rewards_BG: np.ndarray, *, normalize: bool = False) -> np.ndarray:
     """RLOO's advantages: the reward less the mean reward of the group's others.
 
     Args:
       rewards_BG: NaN where there is none.
+      normalize: over the batch, see `combine`.
 
     Returns:
       [B, G] float32; 0 where a completion has no others.
@@ -59,13 +60,15 @@ def leave_one_out(rewards_BG: np.ndarray) -> np.ndarray:
     rewards_BG = np.asarray(rewards_BG, np.float64)
     others = (~np.isnan(rewards_BG)).sum(axis=1, keepdims=True) - 1
     baseline = (np.nansum(rewards_BG, axis=1, keepdims=True) - rewards_BG) / np.where(others > 0, others, np.nan)
-    return _known(rewards_BG - baseline)
+    advantages_BG = rewards_BG - baseline
+    return _known(_normalized(advantages_BG) if normalize else advantages_BG)
 
 
-def batch_mean(rewards_C: np.ndarray) -> np.ndarray:
-    """REINFORCE with a baseline: the reward less the mean of all: [C] float32."""
+def batch_mean(rewards_C: np.ndarray, *, normalize: bool = False) -> np.ndarray:
+    """REINFORCE with a baseline: the reward less the mean of all, in units of their standard deviation where this is to
+    be normalised: [C] float32."""
     rewards_C = np.asarray(rewards_C, np.float64)
-    return _known(rewards_C - _mean(rewards_C))
+    return _known(_normalized(rewards_C) if normalize else rewards_C - _mean(rewards_C))
 
 
 def reinforce_pp(
@@ -109,6 +112,8 @@ def combine(
     beta: float = 0.0,
     kl_CN: np.ndarray | None = None,
     mask_CN: np.ndarray | None = None,
+    clip_range: tuple[float, float] | None = None,
+    normalize: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(advantages, rewards_C) of completions that several functions rewarded.
 
@@ -123,6 +128,9 @@ def combine(
       beta: the KL divergence is taken off the reward, times this (leave_one_out, batch_mean: of the whole completion;
         reinforce_pp: of the tokens from each on); 0: it is not.
       kl_CN, mask_CN: see `reinforce_pp`; the mask is needed by that, and both where beta is not 0.
+      clip_range: (lowest, highest) that a weighted sum of rewards may be, before anything is taken off it; the sums
+        that are returned are not clipped.
+      normalize: the advantages of leave_one_out or batch_mean, `(a - mean a) / (std a + EPSILON)` over the batch.
 
     Returns:
       advantages [C] float32, [C, N] for reinforce_pp with a beta; and the weighted sums of rewards [C] float32, NaN
@@ -142,23 +150,24 @@ def combine(
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     values_CF, rewards_C = _sums(values_CF, weights_F, num_generations)
-    costly_C = rewards_C
+    clipped_C = rewards_C if clip_range is None else np.clip(rewards_C, *clip_range)
+    costly_C = clipped_C
     if beta and estimator != "reinforce_pp":
         assert kl_CN is not None and mask_CN is not None, "a KL penalty needs log-probs under the reference"
-        costly_C = rewards_C - beta * np.where(mask_CN, kl_CN, 0.0).sum(axis=1)
+        costly_C = clipped_C - beta * np.where(mask_CN, kl_CN, 0.0).sum(axis=1)
     rewards_BG = costly_C.reshape(-1, num_generations)
     if estimator == "reinforce_pp":
         assert mask_CN is not None, "advantages of tokens need their mask"
-        advantages = reinforce_pp(rewards_C, mask_CN, kl_CN, beta=beta)
+        advantages = reinforce_pp(clipped_C, mask_CN, kl_CN, beta=beta)
     elif estimator == "batch_mean":
-        advantages = batch_mean(costly_C)
+        advantages = batch_mean(costly_C, normalize=normalize)
     elif estimator == "leave_one_out":
-        advantages = leave_one_out(rewards_BG).reshape(-1)
+        advantages = leave_one_out(rewards_BG, normalize=normalize).reshape(-1)
     elif aggregation == "sum_then_normalize":
         advantages = group(rewards_BG, scale=scale).reshape(-1)
     else:
         whole_C = _normalized_sums(values_CF, weights_F, num_generations)
-        advantages = _known((whole_C - _mean(whole_C)) / (_std(whole_C) + EPSILON))
+        advantages = _known(_normalized(whole_C))
     return advantages, rewards_C.astype(np.float32)
 
 
@@ -239,6 +248,11 @@ def _std(x: np.ndarray, axis: int | None = None) -> np.ndarray:
     count = (~np.isnan(x)).sum(axis=axis, keepdims=True)
     squares = np.nansum((x - _mean(x, axis)) ** 2, axis=axis, keepdims=True)
     return np.sqrt(squares / np.where(count > 1, count - 1, np.nan))
+
+
+def _normalized(x: np.ndarray) -> np.ndarray:
+    """x less its mean, in units of its standard deviation."""
+    return (x - _mean(x)) / (_std(x) + EPSILON)
 
 
 def _known(advantages: np.ndarray) -> np.ndarray:

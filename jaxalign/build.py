@@ -233,6 +233,8 @@ class Run(Programs):
             aggregation=self.config.rewards.aggregation,
             estimator=objective.estimator,
             beta=objective.beta if objective.kl_in_reward else 0.0,
+            clip_range=self.config.rewards.clip_range or None,
+            normalize=self.config.rewards.normalize_advantages,
             score=self._score_rollout,
             scored=programs.scored(self.config, objective),
             **layout,

@@ -546,7 +546,7 @@ def _lora_contradictions(c: ConfigDict) -> Iterator[Problem]:
 
 def _rollout_contradictions(c: ConfigDict) -> Iterator[Problem]:
     """Of a loss whose examples are completions that the policy samples."""
-    r, weights = c.rollout, c.rewards.weights
+    r, weights, clip = c.rollout, c.rewards.weights, c.rewards.clip_range
     group, sampled = r.num_generations, c.batch_size * r.steps_per_generation
     longest, prompt = r.max_completion_length, c.data.max_prompt_length or 1
     from jaxalign.rewards import name_of
@@ -559,6 +559,8 @@ def _rollout_contradictions(c: ConfigDict) -> Iterator[Problem]:
          f"rewards.functions: two of {', '.join(names)} have one name in the metrics"),
         (bool(weights) and len(weights) != len(names), ("rewards.weights", "rewards.functions"),
          f"rewards.weights has {len(weights)} numbers for the {len(names)} rewards.functions"),
+        (bool(clip) and (len(clip) != 2 or clip[0] >= clip[-1]), ("rewards.clip_range",),
+         f"rewards.clip_range: got {clip}, expected (lowest, highest)"),
         (sampled % group != 0, ("batch_size", "rollout.steps_per_generation", "rollout.num_generations"),
          f"batch_size x rollout.steps_per_generation = {sampled} completions are no whole groups of "
          f"rollout.num_generations = {group}"),
@@ -656,6 +658,10 @@ def _inert(c: ConfigDict, given: Given) -> Iterator[Problem]:
          "loss.importance_sampling_correction is false"),
         (kind == "prompts" and any(POLICY[term].estimator != "group" for term in terms),
          ["rewards.scale", "rewards.aggregation"], f"loss {c.loss.name!r} compares rewards in its own way"),
+        (kind == "prompts" and any(POLICY[term].estimator in ("group", "reinforce_pp") for term in terms),
+         ["rewards.normalize_advantages"], f"loss {c.loss.name!r} divides by a standard deviation of its own"),
+        (c.rewards.aggregation == "normalize_then_sum", ["rewards.clip_range"],
+         "rewards.aggregation is normalize_then_sum: no sum of rewards is looked at"),
         ("+" not in c.loss.name, ["loss.weights"], f"loss.name = {c.loss.name!r} has one term"),
         (True, of_optimizer, f"optimizer {c.optim.name!r} doesn't take it"),
         (c.optim.name == "adam", ["optim.weight_decay"], "optimizer 'adam' has no decay; adamw is adam with it"),

@@ -244,6 +244,10 @@ KEYS: tuple[Key, ...] = (
     Key("rewards.aggregation", "sum_then_normalize", str, "Several rewards: summed, then compared within the group; or "
         "compared one by one, then summed (TRL's multi_objective_aggregation).",
         choices=("sum_then_normalize", "normalize_then_sum")),
+    Key("rewards.normalize_advantages", False, bool, "rloo, reinforce: advantages less their mean over the batch, over "
+        "their standard deviation."),
+    Key("rewards.clip_range", (), tuple[float, ...], "(lowest, highest) that the sum of a completion's rewards counts "
+        "as (TRL's reward_clip_range); (): any."),
     Key("rewards.timeout", 60.0, float, "Seconds that a call of a user's reward may take.", range="(0, inf)"),
     Key("rewards.workers", 1, int, "Processes on each host that share the completions of a shipped reward; a user's "
         "own function sees a batch whole, in one process.", range="[1, inf)"),

@@ -136,6 +136,8 @@ class Rollouts:
         aggregation: str = "sum_then_normalize",
         estimator: str = "group",
         beta: float = 0.0,
+        clip_range: tuple[float, float] | None = None,
+        normalize: bool = False,
         score: Score = lambda rollout, params, ref_params: {},
         scored: Sequence[str] = (),
         **layout: Any,
@@ -143,7 +145,8 @@ class Rollouts:
         """Args:
         batch_size: completions of an update, over all processes.
         resample: rounds of sampling further prompts in place of those whose completions all have one reward.
-        weights, scale, aggregation, estimator, beta: how rewards become advantages, see `advantages.combine`.
+        weights, scale, aggregation, estimator, beta, clip_range, normalize: how rewards become advantages, see
+          `advantages.combine`.
         score, scored: gives the log-probs named in `scored`: old_logps, ref_logps, both or none.
         layout: buckets, packing, packed_length, row_multiple and rows, as of `ExampleSource`.
         """
@@ -155,7 +158,12 @@ class Rollouts:
             "scale": scale,
             "aggregation": aggregation,
         }
-        self._estimator: dict[str, Any] = {"estimator": estimator, "beta": beta}
+        self._estimator: dict[str, Any] = {
+            "estimator": estimator,
+            "beta": beta,
+            "clip_range": clip_range,
+            "normalize": normalize,
+        }
         self._batch_size, self._group, self._rounds = batch_size, num_generations, resample
         self._size = batch_size * steps_per_generation
         self.updates = steps_per_generation * num_iterations
@@ -269,7 +277,8 @@ class Rollouts:
 
     def _has_spread(self, rewards_CF: np.ndarray) -> np.ndarray:
         """[P] bool: not all completions of the prompt have the same reward."""
-        return advantages.has_spread(self.sums(rewards_CF), self._group)
+        sums_C, clip_range = self.sums(rewards_CF), self._estimator["clip_range"]
+        return advantages.has_spread(np.clip(sums_C, *clip_range) if clip_range else sums_C, self._group)
 
     def sums(self, rewards_CF: np.ndarray) -> np.ndarray:
         """What each completion's rewards come to, [C] float32; NaN where there is none."""

@@ -92,6 +92,24 @@ def test_reinforce_compares_with_the_mean_of_all():
     np.testing.assert_allclose(found, [-4, -2, 6, 0])
 
 
+def test_rewards_are_clipped_before_the_divergence_is_taken_off_and_advantages_normalised():
+    """TRL 1.16's reward_clip_range and normalize_advantages, by hand."""
+    values, kl = np.array([[5.0], [-3.0], [0.5], [NAN]]), np.array([[0.5, 0.5], [1.0, 9.0], [0.0, -2.0], [1.0, 1.0]])
+    mask = np.array([[1, 1], [1, 0], [1, 1], [1, 1]], bool)
+    given = {"num_generations": 4, "estimator": "leave_one_out", "beta": 0.1, "kl_CN": kl, "mask_CN": mask}
+    costly = np.array([1.0 - 0.1, -1.0 - 0.1, 0.5 + 0.2])
+    want = np.array([costly[i] - np.delete(costly, i).mean() for i in range(3)])
+    found, rewards = advantages.combine(values, [1.0], **given, clip_range=(-1.0, 1.0))
+    np.testing.assert_allclose(found, [*want, 0], rtol=1e-6)
+    np.testing.assert_array_equal(rewards, np.float32([5, -3, 0.5, NAN]))
+    found, _ = advantages.combine(values, [1.0], **given, clip_range=(-1.0, 1.0), normalize=True)
+    np.testing.assert_allclose(found, [*(want - want.mean()) / (want.std(ddof=1) + EPSILON), 0], rtol=1e-6)
+    given = {"num_generations": 1, "estimator": "batch_mean", "normalize": True}
+    found, _ = advantages.combine(values, [1.0], **given)
+    known = values[:3, 0]
+    np.testing.assert_allclose(found, [*(known - known.mean()) / (known.std(ddof=1) + EPSILON), 0], rtol=1e-6)
+
+
 def test_reinforce_pp_normalises_the_return_of_each_token_over_all_tokens():
     """By loops, as the paper's equations say."""
     rng = np.random.default_rng(0)

@@ -206,6 +206,8 @@ def test_a_users_function_of_two_turns_and_a_tool_trains(files, tmp_path, monkey
         ({"rollout__max_completion_length": 16}, "has no room for 1 prompt tokens"),
         ({"rewards__functions": ()}, "rewards.functions is missing"),
         ({"rewards__weights": (1.0, 2.0)}, "rewards.weights has 2 numbers for the 1"),
+        ({"rewards__clip_range": (1.0, 0.0)}, "rewards.clip_range: got .1.0, 0.0., expected .lowest, highest."),
+        ({"rewards__normalize_advantages": True}, "divides by a standard deviation of its own"),
     ],
 )
 def test_what_can_be_wrong_is_found_before_anything_is_compiled(files, tmp_path, monkeypatch, changes, message):

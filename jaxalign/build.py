@@ -25,8 +25,6 @@ from jaxalign.programs import Programs, check_model, load_tokenizer, model_confi
 
 log = logging.getLogger(__name__)
 
-COLUMNS_OF = 100  # of so many rows a column that a reward asks for must be in one
-
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -136,7 +134,7 @@ def make_actor(
         rewards.load(
             given.functions,
             given.options and given.options.to_dict(),
-            columns=list(data.train.columns(range(min(len(data.train), COLUMNS_OF)))),
+            columns=data.train.column_names(),
             tokenizer=data.tokenizer,
             mesh=mesh,
             timeout=given.timeout,

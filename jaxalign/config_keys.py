@@ -445,3 +445,29 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(plain(v) for v in value)
     return value
+
+
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": plain value}; a key whose type is dict keeps its dict, an empty section has no entry."""
+    flat: dict[str, Any] = {}
+    for field, value in config.items():
+        name = f"{prefix}{field}"
+        if isinstance(value, Mapping | ConfigDict) and name not in BY_NAME:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = plain(value)
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> ConfigDict:
+    """The ConfigDict of {"a.b": value}. Not type-safe: None -> number and int -> tuple are judged by `coerce`."""
+    config = ConfigDict(type_safe=False)
+    for name, value in flat.items():
+        *sections, field = name.split(".")
+        node = config
+        for section in sections:
+            if section not in node:
+                node[section] = ConfigDict(type_safe=False)
+            node = node[section]
+        node[field] = value
+    return config

@@ -96,7 +96,7 @@ def evaluate_task(
             reward,
             reward_options,
             config_folder=Path.cwd(),
-            columns=list(prepared.columns([0])),
+            columns=prepared.column_names(),
             tokenizer=tokenizer,
             mesh=mesh,
         )

@@ -47,7 +47,7 @@ BEST = {"checkpoint.keep_best": 1, "checkpoint.best_metric": "eval_loss", "check
 
 
 def test_base_has_every_key_at_its_default_and_defaults_fit_their_own_types():
-    base = C._flatten(C.base())
+    base = C.flatten(C.base())
     for key in C.KEYS:
         assert base[key.name] == key.default
         assert C.coerce(key, key.default) == key.default
@@ -165,8 +165,8 @@ def test_a_value_of_the_wrong_kind_is_named_with_what_was_expected(key, value, e
      ("optim.lr", "optim.learning_rate"), ("loss.betta", "loss.beta"), ("beta", "loss.beta")],
 )  # fmt: skip
 def test_an_unknown_key_names_the_nearest(name, nearest, tmp_path):
-    flat = C._flatten(good())
-    nested = C._nest({**flat, name: 1})
+    flat = C.flatten(good())
+    nested = C.nest({**flat, name: 1})
     assert any(f"there is no key {name!r}; did you mean {nearest!r}" in problem for problem in problems(nested))
 
 
@@ -429,7 +429,7 @@ def test_load_runs_a_file_with_its_argument_and_names_the_workdir(config_file):
 def test_an_override_is_read_by_its_keys_type(config_file, text, value):
     needed = ["data.eval.path=e"] if "eval" in text else []
     config = C.load(str(config_file), [*needed, text])
-    found = C._flatten(config)[text.partition("=")[0]]
+    found = C.flatten(config)[text.partition("=")[0]]
     assert found == value and type(found) is type(value)
 
 

@@ -11,7 +11,7 @@ LEVELS = {
     "messages": 0, "segments": 0, "advantages": 0, "detokenize": 0,
     "data.chat": 0, "data.formats": 0, "data.templates": 0, "data.tokenizers": 0,
     "losses": 1, "sharding": 1, "filters": 1, "quantize": 1, "signals": 1, "paths": 1, "config_keys": 1, "user_code": 1,
-    "hosts": 2, "metrics": 2, "models": 2, "optim": 2, "config": 2,
+    "hosts": 2, "metrics": 2, "models": 2, "optim": 2, "config_rules": 2, "config": 3,
     "data.rows": 2, "data.encoding": 2, "data.transform": 2, "data.prepared": 2, "data.sources": 2,
     "safetensors_file": 2, "gather": 2, "xla_flags": 2, "rewards": 2,
     "data.packing": 3, "data.batching": 3, "lora": 3, "logprobs": 3, "decoding": 3,

@@ -183,7 +183,7 @@ def test_keys_that_do_nothing_or_contradict_are_named():
         values = given | {name.replace("__", "."): value for name, value in changes.items()}
         values = {name: value for name, value in values.items() if value is not None}
         try:
-            config.validate(config._nest(values))
+            config.validate(config.nest(values))
         except ValueError as error:
             return str(error)
         return ""

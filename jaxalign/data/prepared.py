@@ -129,6 +129,10 @@ class Prepared:
         names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
         return {name: [row.get(name) for row in rows] for name in names}
 
+    def column_names(self, of: int = 100) -> list[str]:
+        """The columns that one of the first examples has, so many of them: what a reward can ask for."""
+        return list(self.columns(range(min(len(self), of))))
+
     def source_text(self, row: int) -> Any:
         """Row `row` of the source, kept or dropped."""
         start, end = self.arrays["text_offsets"][row : row + 2]

@@ -71,7 +71,12 @@ def summarize(objective: Any, examples: Mapping[str, np.ndarray]) -> dict[str, f
 
 def form(objective: Any) -> str:
     """Which of SUMMARIES describes an objective's examples."""
-    return "reward" if (objective.kind, objective.head) == ("pairs", "score") else str(objective.kind)
+    return form_of(objective.kind, objective.head)
+
+
+def form_of(kind: str, head: str) -> str:
+    """The same, of the kind and the head of an objective."""
+    return "reward" if (kind, head) == ("pairs", "score") else kind
 
 
 def headline(names: Iterable[str]) -> str:

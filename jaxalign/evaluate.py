@@ -5,6 +5,7 @@ task: `python -m jaxalign.evaluate --model=my-model --task=questions.jsonl --rew
     --config=...      whose evaluation rows, template, lengths, loss and mesh are taken; of a run by default its own
     --data=FILE       other rows than the config's
     --reference=PATH  the model that rewards are measured against; by default the config's: what its policy begins as
+    --own=N           N completions by the model itself: how much likelier its own words are to it than the data's
     --json, --out     one JSON object on stdout; the same to a file
 
     --task=FILE       rows whose prompts the model answers, and whose columns judge the answers, without a config
@@ -46,11 +47,14 @@ from jaxalign import (
     models,
     paths,
     run_folder,
+    sampling,
     sharding,
     train,
 )
 from jaxalign import config as config_lib
 from jaxalign.metrics import Z
+
+OWN_SLOTS = 32  # completions that are sampled at once
 
 
 def evaluate(
@@ -59,6 +63,7 @@ def evaluate(
     *,
     step: str | int = "last",
     reference: str | None = None,
+    own: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """The metrics of `model` over the evaluation rows of `config`, under the names that training logs.
@@ -68,6 +73,7 @@ def evaluate(
       config: as `config.load` gives it, with evaluation rows.
       step: of a run: "last", "best" or a number.
       reference: see `hf.resolve`; None: the config's reference, else its model (of a run: what the run began as).
+      own: completions that the model samples of the first rows' prompts, see `shift`.
       say: hears of progress.
 
     Returns:
@@ -78,6 +84,8 @@ def evaluate(
     """
     config = _of_model(config_lib.validate(config, n_devices=jax.device_count()), model, reference)
     train.use_compilation_cache(config.compilation_cache)
+    if own and evals.form_of(config_lib.kind(config), config_lib.head(config)) not in ANSWERS:
+        raise ValueError(f"--own={own}: the rows of the loss {config.loss.name!r} hold no answers to compare with")
     data = _load_rows(config)
     config.eval.max_rows = None  # they are cut to it
     mesh = sharding.make_mesh(**config.mesh.to_dict())
@@ -90,8 +98,11 @@ def evaluate(
             return with_intervals(evals.evaluate(run, run.state._replace(params=params)))
         batches = run.eval_batches(run.state._replace(params=params))
         examples = evals.collect(run.examples, params, batches, run.base)
-    found = evals.summarize(run.objective, examples)
-    return with_intervals(found | details(evals.form(run.objective), examples, run.cfg.labels))
+        form = evals.form(run.objective)
+        found = evals.summarize(run.objective, examples) | details(form, examples, run.cfg.labels)
+        if own:
+            found |= shift(run, params, ANSWERS[form](examples), own)
+    return with_intervals(found)
 
 
 def details(form: str, examples: Mapping[str, np.ndarray], labels: Sequence[str] = ()) -> dict[str, float]:
@@ -106,7 +117,7 @@ def details(form: str, examples: Mapping[str, np.ndarray], labels: Sequence[str]
         for side in ("chosen", "rejected"):
             rate = evals.token_mean(examples[f"nll/{side}"], examples[f"{side}_tokens"])
             found |= evals.perplexity(f"eval_perplexity/{side}", *rate)
-    elif form == "labelled":
+    elif form in ("labelled", "singles"):
         label = examples["label"] > 0.5
         for side, is_side in (("chosen", label), ("rejected", ~label)):
             if is_side.any():
@@ -125,6 +136,44 @@ def details(form: str, examples: Mapping[str, np.ndarray], labels: Sequence[str]
             found |= {f"eval_mse/{name}": mean, f"eval_mse/{name}_se": error}
             found |= correlation(f"eval_correlation/{name}", values[known, k], targets[known, k])
     return found
+
+
+ANSWERS: Mapping[str, Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]] = {
+    "pairs": lambda examples: (-examples["nll/chosen"], examples["chosen_tokens"]),
+    "triples": lambda examples: (-examples["nll/gold"], examples["gold_tokens"]),
+    "labelled": lambda examples: (examples["logps"], examples["tokens"]),
+    "singles": lambda examples: (examples["logps"], examples["tokens"]),
+    "chats": lambda examples: (-examples["nll"], examples["tokens"]),
+}
+"""Form of examples -> sums of the log-probs of the data's answers (of pairs the chosen ones), and their tokens."""
+
+
+def shift(run: build.Run, params: models.Params, answers: tuple[np.ndarray, np.ndarray], own: int) -> dict[str, float]:
+    """How far the data's answers are from what the model would say itself: what off-policy training has to bridge.
+
+    eval_logps/data_per_token: the mean log-prob in nats of a token of the `answers` (see ANSWERS);
+    eval_logps/own_per_token: that of a token of `own` completions which the model samples at temperature 1, one of each
+    of the first rows' prompts; eval_shift: how much that is above the data's, 0 where the data is the model's own.
+    """
+    data, tokenizer, length = run.data.train, run.data.tokenizer, run.config.max_length
+    prompts = [data.prompt(i) for i in range(min(own, len(data)))]
+    samples = sampling.sample(
+        run.cfg,
+        run.whole(params),
+        prompts,
+        sampling.request_keys(run.config.seed, np.arange(len(prompts))),
+        sampling.make_limits(
+            len(prompts), max_new=[length - len(ids) for ids in prompts], stop_ids=hf.stop_ids(run.cfg, tokenizer)
+        ),
+        max_new_tokens=length - min(map(len, prompts)),
+        slots=min(len(prompts), OWN_SLOTS),
+        on_progress=lambda done, tokens: run.on_progress(f"{done} of {len(prompts)} completions, {tokens} tokens"),
+    )
+    theirs, theirs_error = evals.token_mean(*answers)
+    ours, ours_error = evals.token_mean(np.where(samples.mask, samples.logps, 0).sum(axis=1), samples.mask.sum(axis=1))
+    errors = {"eval_logps/data_per_token_se": theirs_error, "eval_logps/own_per_token_se": ours_error}
+    means = {"eval_logps/data_per_token": theirs, "eval_logps/own_per_token": ours, "eval_shift": ours - theirs}
+    return means | errors | {"eval_shift_se": math.hypot(theirs_error, ours_error)}
 
 
 def with_intervals(found: Mapping[str, float]) -> dict[str, float]:
@@ -258,6 +307,9 @@ def define_flags(values: flags.FlagValues) -> None:
     text("model", None, "Hugging Face folder, .gguf file, hub id, package:NAME, or a run's folder.", flag_values=values)
     text("step", "last", "Of a run: last, best or a step's number.", flag_values=values)
     text("reference", None, "Model that rewards are measured against, like --model.", flag_values=values)
+    flags.DEFINE_integer(
+        "own", 0, "Completions by the model itself that the data's answers are compared with.", flag_values=values
+    )
     text("data", None, "Rows in place of the config's evaluation rows, like data.path.", flag_values=values)
     text("out", None, "File for the JSON object.", flag_values=values)
     flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=values)
@@ -316,7 +368,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             train.use_compilation_cache("auto")
             found, shown = evaluate_task.run(values, say), evaluate_task.show
         else:
-            found = evaluate(values.model, config, step=values.step, reference=values.reference, say=say)
+            options = {"step": values.step, "reference": values.reference, "own": values.own}
+            found = evaluate(values.model, config, say=say, **options)
             shown = show
         if main_process:
             record = json.dumps({"model": values.model, "step": values.step, **found})

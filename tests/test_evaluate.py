@@ -16,7 +16,7 @@ import runs
 from common import GOLDEN, policy
 
 from jaxalign import config as config_lib
-from jaxalign import evals, evaluate, hf, metrics, models, score
+from jaxalign import evals, evaluate, hf, metrics, models, sampling, score
 from jaxalign.data import chat
 
 LLAMA, REWARD = policy("llama"), GOLDEN / "models" / "llama" / "reward"
@@ -175,6 +175,37 @@ def test_perplexity_of_responses(tmp_path):
     assert 0 <= found["eval_mean_token_accuracy"] < 1 and found["eval_mean_token_accuracy_se"] >= 0
 
 
+def test_answers_of_the_data_are_compared_with_the_models_own(tmp_path):
+    """Against log-probs of a forward pass over the same samples; the shift is theirs less the data's."""
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in runs.rows(6)]
+    config = of_kind(tmp_path, "sft", rows)
+    found = evaluate.evaluate(str(LLAMA), config, own=4)
+    assert found["eval_logps/data_per_token"] == pytest.approx(-found["eval_loss"], rel=1e-5)
+    cfg, params = hf.load(LLAMA)
+    tokenizer = hf.load_tokenizer(LLAMA)
+    prompts = [chat.encode_prompt(tokenizer, row["prompt"]) for row in rows[:4]]
+    samples = sampling.sample(
+        cfg,
+        params,
+        prompts,
+        sampling.request_keys(config.seed, np.arange(4)),
+        sampling.make_limits(4, max_new=[64 - len(ids) for ids in prompts], stop_ids=hf.stop_ids(cfg, tokenizer)),
+        max_new_tokens=64,
+    )
+    total = 0.0
+    logits = jax.jit(lambda ids: models.unembed(cfg, params, models.apply(cfg, params, ids, jnp.arange(64)[None])[0]))
+    for ids, new, mask in zip(prompts, samples.tokens, samples.mask, strict=True):
+        whole = [*ids, *new[mask]]
+        logps = jax.nn.log_softmax(logits(jnp.zeros((1, 64), jnp.int32).at[0, : len(whole)].set(jnp.array(whole)))[0])
+        total += float(logps[np.arange(len(ids) - 1, len(whole) - 1), new[mask]].sum())
+    want = total / samples.mask.sum()
+    assert found["eval_logps/own_per_token"] == pytest.approx(want, rel=1e-4)
+    assert found["eval_shift"] == pytest.approx(want + found["eval_loss"], rel=1e-4)
+    assert found["eval_shift_low"] < found["eval_shift"] < found["eval_shift_high"]
+    with pytest.raises(ValueError, match="--own=4: the rows of the loss 'reward' hold no answers"):
+        evaluate.evaluate(str(REWARD), of_kind(tmp_path, "reward", runs.rows(3)), own=4)
+
+
 def test_accuracy_of_a_reward_model(tmp_path):
     cfg, params = hf.load(REWARD, head="score")
     model = hf.save(tmp_path / "model", cfg, params, tokenizer_from=LLAMA)
@@ -211,14 +242,15 @@ def test_error_and_correlation_of_attributes_one_by_one(tmp_path):
     assert found["eval_rewards"] == pytest.approx((np.array(scored) @ [1, -1]).mean(), abs=1e-4)
 
 
-def test_labelled_responses(tmp_path):
+@pytest.mark.parametrize("loss", ["kto", "bco"])
+def test_labelled_responses(tmp_path, loss):
     rows = [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
         for row in runs.rows(4)
         for side in ("chosen", "rejected")
     ]
     other = LLAMA.parent / "ref"
-    config = of_kind(tmp_path, "kto", rows)
+    config = of_kind(tmp_path, loss, rows)
     found = evaluate.evaluate(str(LLAMA), config, reference=str(other))
     same = evaluate.evaluate(str(LLAMA), config, reference=str(LLAMA))
     assert found["eval_examples"] == 8 and 0 <= found["eval_rewards/auc"] <= 1

@@ -26,6 +26,8 @@ from jaxalign.models.embedding import vocab_axes
 # CPU. On a TPU a slice of a stack is part of the product, and compiling does not grow with depth.
 UNSTACKED = ("cpu", "gpu")
 
+PLACES = {"k": -1, "v": -2}  # the axis of the places in `models.init_cache`'s
+
 
 class Slots(NamedTuple):
     """What is being decoded, a slot a row; donated from program to program.
@@ -43,7 +45,8 @@ class Slots(NamedTuple):
 
 
 class Shelf(NamedTuple):
-    """Prompts without their last token, as the cache has them: k and v [L, F, heads, P, H] (or tuples of [F, ...]).
+    """Prompts without their last token, as the cache has them: k [L, F, heads, H, P] and v [L, F, heads, P, H] (or
+    tuples of [F, ...]).
 
     They end at P. tokens [F, P] int32 are theirs, from 0 on and then -1.
     """
@@ -145,13 +148,13 @@ def prefill(cfg: ModelConfig, params: Params, tokens_FP: jax.Array, lengths_F: j
     cache: Any = models.init_cache(cfg, rows, width, stacked=not is_view(params))
     _, cache = models.apply(cfg, params, jnp.maximum(tokens_FP, 0), positions_FP, cache=cache)
 
-    def shelved(x: jax.Array) -> jax.Array:
+    def shelved(x: jax.Array, axis: int) -> jax.Array:
         layers, prompt = (None,) * (x.ndim - 4), x.ndim - 4
         x = sharding.constrain(x, *layers, sharding.ROWS, HEADS, None, None)
-        end = jax.vmap(lambda x, length: jnp.roll(x, width - length, axis=-2), (prompt, 0), prompt)
+        end = jax.vmap(lambda x, length: jnp.roll(x, width - length, axis), (prompt, 0), prompt)
         return sharding.constrain(end(x, lengths_F), *layers, None, HEADS, None, None)  # any may go to any slot
 
-    k, v = (jax.tree.map(shelved, cache[name]) for name in ("k", "v"))
+    k, v = (jax.tree.map(functools.partial(shelved, axis=axis), cache[name]) for name, axis in PLACES.items())
     return Shelf(k, v, tokens_FP)
 
 
@@ -160,24 +163,21 @@ def fill(cfg: ModelConfig, slots: Slots, shelf: Shelf, filling: Filling) -> Slot
     """Slots with new requests in some of them. A prompt on the shelf may go to several."""
     taken_R, source_R = filling.source >= 0, jnp.maximum(filling.source, 0)
     width = shelf.tokens.shape[1]
-    places = jax.tree.leaves(slots.cache["k"])[0].shape[-2]
+    places = jax.tree.leaves(slots.cache["k"])[0].shape[PLACES["k"]]
     # The place of the shelf that each place of the ring would get: its last one comes just before the index.
     from_S = (jnp.arange(places) - slots.cache["index"] + width) % places
-    gets = taken_R[:, None, None, None] & (from_S < width)[:, None]
+    gets_RS = taken_R[:, None] & (from_S < width)
 
-    def put(old_RKSH: jax.Array, shelf_FKPH: jax.Array) -> jax.Array:
-        new_RKSH = jnp.take(jnp.take(shelf_FKPH, source_R, axis=0), from_S, axis=2, mode="clip")
-        return jnp.where(gets, new_RKSH, old_RKSH)
+    def put(old: jax.Array, prompts: jax.Array, axis: int) -> jax.Array:
+        new = jnp.take(jnp.take(prompts, source_R, axis=0), from_S, axis=axis, mode="clip")
+        return jnp.where(jnp.expand_dims(gets_RS, (1, 2) if axis == -1 else (1, 3)), new, old)
 
-    def put_layers(old: Any, new: Any) -> Any:
+    def put_layers(name: str) -> Any:
         """One layer after the other, so that no more than one is there twice."""
+        old, new, axis = slots.cache[name], getattr(shelf, name), PLACES[name]
         if isinstance(old, tuple):
-            return tuple(map(put, old, new))
-
-        def layer(n: Any, old_LRKSH: jax.Array) -> jax.Array:
-            return old_LRKSH.at[n].set(put(old_LRKSH[n], new[n]))
-
-        return lax.fori_loop(0, len(old), layer, old)
+            return tuple(put(x, y, axis) for x, y in zip(old, new, strict=True))
+        return lax.fori_loop(0, len(old), lambda n, all: all.at[n].set(put(all[n], new[n], axis)), old)
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(taken_R.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
@@ -187,7 +187,7 @@ def fill(cfg: ModelConfig, slots: Slots, shelf: Shelf, filling: Filling) -> Slot
         last_R1 = filling.tokens[:, None]
         return shelf_FV[source_R] | (last_R1 == jnp.arange(cfg.vocab_size))
 
-    k, v = put_layers(slots.cache["k"], shelf.k), put_layers(slots.cache["v"], shelf.v)
+    k, v = put_layers("k"), put_layers("v")
     nothing = jnp.zeros(slots.marks.shape, bool)
     seen_RV = lax.cond(jnp.any(filling.limits.repetition_penalty != 1), prompts, lambda: nothing)
     cache = slots.cache | {"k": k, "v": v, "lengths": choose(filling.lengths, slots.cache["lengths"])}

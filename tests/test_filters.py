@@ -126,3 +126,27 @@ def test_what_changes_nothing_is_known_to():
 def test_limits_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         filters.make_limits(2, **arguments)
+
+
+def test_blocks_then_tokens_are_drawn_from_the_softmax_and_never_what_is_removed():
+    """Chi-square over 20,000 draws in blocks of 4; so many degrees of freedom pass the limit once in 1,000."""
+    rows, rng = 20_000, np.random.default_rng(0)
+    logits = rng.normal(0, 1.5, 64).astype(np.float32)
+    logits[rng.permutation(64)[:20]] = -np.inf
+    logits[12:16] = -np.inf  # a whole block
+    limits = filters.make_limits(rows, max_new=1, temperature=[1.0] * (rows - 1) + [0.0])
+    keys = jax.random.split(jax.random.key(5), rows)
+    counts = jnp.arange(rows, dtype=jnp.int32) % 3
+    assert filters.block_width(64) == 4 and filters.block_width(60) == 1 and filters.block_width(49152) == 256
+    drawn = np.asarray(jax.jit(filters.draw)(jnp.broadcast_to(logits, (rows, 64)), keys, counts, limits))
+    assert drawn[-1] == logits.argmax()
+    seen = np.bincount(drawn[:-1], minlength=64)
+    p = np.exp(logits) / np.exp(logits).sum()
+    assert not seen[p == 0].any()
+    possible = p > 0
+    wanted = p[possible] * (rows - 1)
+    assert possible.sum() == 41 and ((seen[possible] - wanted) ** 2 / wanted).sum() < 73.5  # 40 degrees of freedom
+    # A row draws what it draws alone.
+    first = jax.tree.map(lambda x: x[:1], (keys, counts, limits))
+    alone = jax.jit(filters.draw)(jnp.asarray(logits)[None], *first)
+    assert alone[0] == drawn[0]

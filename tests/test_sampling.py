@@ -66,7 +66,9 @@ def one_token(cfg, params, text, length, key, count, limits):
     hidden, _ = models.apply(cfg, params, jnp.maximum(text, 0)[None], jnp.arange(24)[None])
     logits = models.unembed(cfg, params, hidden)[0, length - 1]
     filtered, temperature = drawn_from(logits, text, count, limits), limits.temperature[0]
-    drawn = jax.random.categorical(jax.random.fold_in(key, count), filtered)
+    key, blocks = jax.random.fold_in(key, count), filtered.reshape(-1, filters.block_width(len(filtered)))
+    block = jax.random.categorical(key, jax.nn.logsumexp(blocks, axis=1))
+    drawn = block * blocks.shape[1] + jax.random.categorical(jax.random.fold_in(key, 0), blocks[block])
     token = jnp.where(temperature > 0, drawn, filtered.argmax())
     scaled = logits / jnp.where(temperature > 0, temperature, 1)
     logp, sampling_logp, scaled_logp = (jax.nn.log_softmax(x)[token] for x in (logits, filtered, scaled))

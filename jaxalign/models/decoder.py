@@ -194,12 +194,15 @@ class Attention(nn.Module):
             q = RMSNorm(cfg.rms_norm_eps, name="q_norm")(q)
             k = RMSNorm(cfg.rms_norm_eps, name="k_norm")(k)
         q, k, v = (attention.split_time(x) for x in (rotate(q, *rope), rotate(k, *rope), v))
-        decoding = cache is not None and time < cache[0].shape[-2]
+        decoding = cache is not None and time < cache[0].shape[-1]
         if cache is not None:
-            cache = tuple(_extend(old, new, layer, index) for old, new in zip(cache, (k, v), strict=True))
+            cache = (
+                _extend(cache[0], k.transpose(0, 2, 3, 1), layer, index, axis=3),
+                _extend(cache[1], v.transpose(0, 2, 1, 3), layer, index, axis=2),
+            )
         if decoding:
             k, v = (x if layer is None else lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            k, v = k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3)
         if cfg.attention == "xla":
             mask, distance = seen
             out = attention.attend(q, k, v, mask if window is None else mask & (distance < window))
@@ -214,13 +217,12 @@ class Attention(nn.Module):
         return projection(out, dropout_keys_R), cache
 
 
-def _extend(cache: jax.Array, new_RTKH: jax.Array, layer: Any, index: jax.Array) -> jax.Array:
-    """A cache [R, K, S, H] (layer is None), or that of one of all layers, with new entries at index: in place.
-
-    Heads stand before slots, as the products of `attend` want them: no step turns the cache around.
+def _extend(cache: jax.Array, new: jax.Array, layer: Any, index: jax.Array, axis: int) -> jax.Array:
+    """A cache of k or v (layer is None), or that of one of all layers, with new entries at index of its slots' axis: in
+    place, and no step turns it around.
     """
-    zero = jnp.zeros((), index.dtype)
-    start, new = [zero, zero, index, zero], new_RTKH.swapaxes(1, 2).astype(cache.dtype)
+    start, new = [jnp.zeros((), index.dtype)] * 4, new.astype(cache.dtype)
+    start[axis] = index
     if layer is not None:
         start, new = [layer.astype(index.dtype), *start], new[None]
     return lax.dynamic_update_slice(cache, new, start)
@@ -252,7 +254,7 @@ class Layer(nn.Module):
     ) -> tuple[Any, None]:
         cfg = self.cfg
         x, cache = carry
-        decoding = cache is not None and x.shape[1] < cache[0].shape[-2]
+        decoding = cache is not None and x.shape[1] < cache[0].shape[-1]
         keys_R = None if dropout_keys_R is None else fold_in(dropout_keys_R, layer)
         norm = functools.partial(RMSNorm, cfg.rms_norm_eps)
         attended, cache = Attention(cfg, name="self_attn")(
@@ -310,7 +312,7 @@ class Decoder(nn.Module):
             assert segment_ids_RT is None, "a cache says itself what its rows see"
             index, buffers = cache["index"], (cache["k"], cache["v"])
             # What fills a cache begins it and sees itself alone: that is attention as without one.
-            decoding = n_queries < jax.tree.leaves(buffers)[0].shape[-2]
+            decoding = n_queries < jax.tree.leaves(buffers)[0].shape[-1]
         name, reason = attention.choose(
             self.cfg, packed=segment_ids_RT is not None, prefixes=prefix_ids_RT is not None, cached=decoding
         )
@@ -325,7 +327,7 @@ class Decoder(nn.Module):
         angles = positions_RT[..., None].astype(jnp.float32) * rope_frequencies(cfg)
         rope = (jnp.cos(angles), jnp.sin(angles))
 
-        n_keys = jax.tree.leaves(buffers)[0].shape[-2] if decoding else n_queries
+        n_keys = jax.tree.leaves(buffers)[0].shape[-1] if decoding else n_queries
         windows = _windows(cfg)
         if cfg.attention == "xla":
             uniform = len(windows) == 1  # one static window, or none: the mask is made once, outside of the scan
@@ -378,7 +380,7 @@ class Decoder(nn.Module):
             cache = {
                 "k": buffers[0],
                 "v": buffers[1],
-                "index": (index + n_queries) % jax.tree.leaves(buffers)[0].shape[-2],
+                "index": (index + n_queries) % jax.tree.leaves(buffers)[0].shape[-1],
                 "lengths": cache["lengths"] + n_queries,
             }
         return x, cache

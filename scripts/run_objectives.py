@@ -45,8 +45,16 @@ def margins(before: Values, after: Values) -> dict[str, float]:
 
 
 def labelled_margins(before: Values, after: Values) -> dict[str, float]:
-    """The mean reward of desirable completions over that of undesirable ones: a difference of two means."""
+    """The mean reward of desirable completions over that of undesirable ones.
+
+    Held-out pairs give all of the one and then, in the same order, all of the other kind: the error is that of their
+    differences, as in `margins`. Else it is that of a difference of two means.
+    """
     wanted = after["label"] > 0.5
+    half = len(wanted) // 2
+    if 2 * half == len(wanted) and wanted[:half].all() and not wanted[half:].any():
+        old, new = (x["rewards"][:half] - x["rewards"][half:] for x in (before, after))
+        return _ratio(old, new, np.ones(half))
     parts = [_ratio(before["rewards"][side], after["rewards"][side], np.ones(side.sum())) for side in (wanted, ~wanted)]
     good, bad = parts
     found = {name: good[name] - bad[name] for name in ("before", "after", "change")}

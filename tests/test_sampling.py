@@ -351,7 +351,7 @@ def test_caches_are_updated_in_place(params):
     """One update of each layer's keys and one of its values at a token, and no copy of either."""
     asked = dict(n_prompts=4, max_prompt_tokens=10, max_new_tokens=N)
     decode = sampling.programs(TINY, models.abstract(TINY), **asked)["decode"].lower().compile()
-    whole = re.findall(r"= f32\[4,2,44,8\]\{\S+ (\S+?)\(", decode.as_text())
+    whole = re.findall(r"= f32\[4,2,(?:44,8|8,44)\]\{\S+ (\S+?)\(", decode.as_text())
     assert whole.count("dynamic-update-slice") == 4
     assert not {"copy", "transpose", "scatter", "select"} & set(whole)
 

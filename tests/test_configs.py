@@ -141,12 +141,16 @@ def test_a_change_has_the_error_of_a_paired_mean_or_ratio():
     assert found == pytest.approx({"before": 2.0, "after": 1.5, "change": -0.5, "change_se": 0.25})
 
 
-def test_the_margin_of_single_responses_is_a_difference_of_two_means():
-    label = np.array([1.0, 1.0, 0.0, 0.0])
-    found = script.labelled_margins(
-        {"rewards": np.zeros(4)}, {"rewards": np.array([1.0, 3.0, 0.0, -2.0]), "label": label}
-    )
+def test_the_margin_of_single_responses_is_a_difference_of_two_means_and_of_pairs_a_mean_of_differences():
+    def margins(label, rewards):
+        zeros = {"rewards": np.zeros(4)}
+        return script.labelled_margins(zeros, {"rewards": np.array(rewards), "label": np.array(label)})
+
+    found = margins([1.0, 0.0, 0.0, 1.0], [1.0, 0.0, -2.0, 3.0])
     assert found == pytest.approx({"before": 0.0, "after": 3.0, "change": 3.0, "change_se": np.sqrt(2)})
+    # All desirable ones first: pairs, whose differences are 1 and 5.
+    found = margins([1.0, 1.0, 0.0, 0.0], [1.0, 3.0, 0.0, -2.0])
+    assert found == pytest.approx({"before": 0.0, "after": 3.0, "change": 3.0, "change_se": 2.0})
 
 
 def test_the_error_over_seeds_does_not_hide_that_the_rows_are_the_same():

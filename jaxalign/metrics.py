@@ -422,7 +422,8 @@ def mean_se(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 PANELS = (("loss", "Loss"), ("reward", "Reward"), ("completions/mean_length", "Tokens of a completion"),
           ("rewards/margins", "Reward margin"), ("rewards/accuracies", "Reward accuracy"),
           ("margin", "Margin of scores"), ("accuracy", "Accuracy"), ("kl", "KL from the reference, in nats"),
-          ("mean_token_accuracy", "Accuracy of tokens"), ("grad_norm", "Gradient norm"))  # fmt: skip
+          ("mean_token_accuracy", "Accuracy of tokens"), ("entropy", "Entropy of a token, in nats"),
+          ("grad_norm", "Gradient norm"))  # fmt: skip
 """Metrics that are drawn, those that a run has, with their titles."""
 
 
@@ -440,6 +441,8 @@ def plot(folder: paths.PathLike, path: paths.PathLike | None = None) -> epath.Pa
     panels = [(name, title) for name, title in PANELS if any(name in x or f"eval_{name}" in x for x in lines)]
     if any("rewards/margins" in x for x in lines):  # then it says less than they do
         panels = [panel for panel in panels if panel[0] != "mean_token_accuracy"]
+    if any("reward" in x for x in lines):  # the loss is a mean of advantages, which is 0
+        panels = [panel for panel in panels if panel[0] != "loss"]
     if not panels:
         names = ", ".join(name for name, _ in PANELS)
         raise ValueError(f"{paths.at(folder) / METRICS_FILE} has none of {names}: no curve")

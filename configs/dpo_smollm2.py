@@ -10,7 +10,8 @@ helpful part (MIT licence beside it). Rows are short, so that the run is: half o
 README.md shows this run with completions and export, and a longer one (`configs/dpo_smollm2.py:96`). It is set-up 6 of
 the HALOs-like framework: offline pairwise.
 
-Expected time: 3.5 minutes on two cores, see README.md. Expected numbers: held-out margin 0.146 +- 0.043 after 16 steps.
+Expected time: 276 s of CPU time, shared by two cores. Expected numbers: reward margin on 64 held-out examples 0.000
+before, 0.120 after; a change of +0.120 +- 0.053 (standard error; seeds 0, 1, 2).
 """
 
 from ml_collections import ConfigDict

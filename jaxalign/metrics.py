@@ -428,7 +428,7 @@ PANELS = (("loss", "Loss"), ("reward", "Reward"), ("completions/mean_length", "T
 
 
 def plot(folder: paths.PathLike, path: paths.PathLike | None = None) -> epath.Path:
-    """Curves of a run's metrics.jsonl as a PNG: those of PANELS that it has, of training and of evaluation.
+    """Curves of a run's metrics.jsonl as a PNG: those of PANELS that it has and that say something, of training and of evaluation.
 
     Args:
       folder: the run's folder.
@@ -441,7 +441,7 @@ def plot(folder: paths.PathLike, path: paths.PathLike | None = None) -> epath.Pa
     panels = [(name, title) for name, title in PANELS if any(name in x or f"eval_{name}" in x for x in lines)]
     if any("rewards/margins" in x for x in lines):  # then it says less than they do
         panels = [panel for panel in panels if panel[0] != "mean_token_accuracy"]
-    if any("reward" in x for x in lines):  # the loss is a mean of advantages, which is 0
+    if any("reward" in x for x in lines):  # a run that samples: its loss weighs advantages whose mean is 0
         panels = [panel for panel in panels if panel[0] != "loss"]
     if not panels:
         names = ", ".join(name for name, _ in PANELS)

@@ -130,7 +130,7 @@ class Prepared:
         return {name: [row.get(name) for row in rows] for name in names}
 
     def column_names(self, of: int = 100) -> list[str]:
-        """The columns that one of the first examples has, so many of them: what a reward can ask for."""
+        """The columns that any of the first `of` examples has: what a reward can ask for."""
         return list(self.columns(range(min(len(self), of))))
 
     def source_text(self, row: int) -> Any:

@@ -428,7 +428,7 @@ PANELS = (("loss", "Loss"), ("reward", "Reward"), ("completions/mean_length", "T
 
 
 def plot(folder: paths.PathLike, path: paths.PathLike | None = None) -> epath.Path:
-    """Curves of a run's metrics.jsonl as a PNG: those of PANELS that it has and that say something, of training and of evaluation.
+    """Curves of a run as a PNG: those of PANELS that it has and that say something, of training and of evaluation.
 
     Args:
       folder: the run's folder.

@@ -262,8 +262,9 @@ def _choose(logits_RV: jax.Array, slots: Slots) -> tuple[jax.Array, tuple[jax.Ar
         lambda: -filters.depths(logits_RV, limits),
     )
     keys_R = jax.random.wrap_key_data(slots.keys)
-    tokens_R = filters.draw(filtered_RV, keys_R, slots.counts, limits)
-    sampling_R = filters.logp(filtered_RV, tokens_R)
+    weights_RN = filters.block_weights(filtered_RV)
+    tokens_R = filters.draw(filtered_RV, weights_RN, keys_R, slots.counts, limits)
+    sampling_R = filters.logp(filtered_RV, tokens_R, weights_RN)
     scaled_R = lax.cond(
         filtered, lambda: filters.logp(-filters.depths(logits_RV, limits), tokens_R), lambda: sampling_R
     )

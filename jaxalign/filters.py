@@ -208,8 +208,10 @@ def _depth_of(depth_BV: jax.Array, mass_BV: jax.Array | None, target_B: jax.Arra
     return lax.bitcast_convert_type(bits_B, jnp.float32)
 
 
-def draw(filtered_BV: jax.Array, keys_B: jax.Array, counts_B: jax.Array, limits: Limits) -> jax.Array:
-    """One token id a row [B] int32; greedy rows take the likeliest.
+def draw(
+    filtered_BV: jax.Array, weights_BN: jax.Array, keys_B: jax.Array, counts_B: jax.Array, limits: Limits
+) -> jax.Array:
+    """One token id a row [B] int32; greedy rows take the likeliest. `weights_BN` are `block_weights` of the logits.
 
     A block of the vocabulary is drawn by what its tokens weigh together, then one of its tokens, each as the largest
     sum of a logit and Gumbel noise from fold_in(key, count): the same distribution without noise for every token, which
@@ -220,13 +222,12 @@ def draw(filtered_BV: jax.Array, keys_B: jax.Array, counts_B: jax.Array, limits:
 
     def drawn() -> jax.Array:
         folded_B = jax.vmap(jax.random.fold_in)(keys_B, counts_B)
-        blocks_BNW = filtered_BV.reshape(n_rows, -1, width)
-        block_B = _noisy_top(folded_B, jax.nn.logsumexp(blocks_BNW, axis=-1) if width > 1 else filtered_BV)
+        block_B = _noisy_top(folded_B, weights_BN)
         if width == 1:
             return block_B
         is_its_BN1 = (jnp.arange(n_vocab // width) == block_B[:, None])[..., None]
         # Not by a gather, for which a split vocabulary would be put together.
-        tokens_BW = jnp.where(is_its_BN1, blocks_BNW, 0).sum(axis=1)
+        tokens_BW = jnp.where(is_its_BN1, filtered_BV.reshape(n_rows, -1, width), 0).sum(axis=1)
         return block_B * width + _noisy_top(jax.vmap(jax.random.fold_in, (0, None))(folded_B, 0), tokens_BW)
 
     is_drawn_B = limits.temperature > 0
@@ -234,6 +235,12 @@ def draw(filtered_BV: jax.Array, keys_B: jax.Array, counts_B: jax.Array, limits:
     drawn_B = lax.cond(jnp.any(is_drawn_B), drawn, lambda: nothing_B)
     likeliest_B = lax.cond(jnp.all(is_drawn_B), lambda: nothing_B, lambda: _top(filtered_BV))
     return jnp.where(is_drawn_B, drawn_B, likeliest_B)
+
+
+def block_weights(logits_BV: jax.Array) -> jax.Array:
+    """The logarithm of what the tokens of each block weigh together, float32 [B, N]."""
+    width = block_width(logits_BV.shape[1])
+    return jax.nn.logsumexp(logits_BV.reshape(len(logits_BV), -1, width), axis=-1) if width > 1 else logits_BV
 
 
 def block_width(n_vocab: int) -> int:
@@ -256,7 +263,7 @@ def _top(x_BN: jax.Array) -> jax.Array:
     return jnp.where(is_top_BN, jnp.arange(x_BN.shape[1], dtype=jnp.int32), x_BN.shape[1]).min(axis=-1)
 
 
-def logp(logits_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
-    """Log-probability of one token a row under a softmax: float32 [B]."""
+def logp(logits_BV: jax.Array, tokens_B: jax.Array, weights_BN: jax.Array | None = None) -> jax.Array:
+    """Log-probability of one token a row under a softmax: float32 [B]. `block_weights` that are there spare a pass."""
     chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    return chosen_B - jax.nn.logsumexp(logits_BV if weights_BN is None else weights_BN, axis=-1)

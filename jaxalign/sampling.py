@@ -130,7 +130,9 @@ def sample(
     }
     _check(cfg, prompts, longest, {"keys": len(keys_B), "limits": len(limits.max_new)}, n_requests, numbers)
     limits = limits._replace(max_new=np.minimum(limits.max_new, max_new_tokens))
-    waiting = collections.deque(np.flatnonzero(limits.max_new > 0).tolist())
+    # The shortest prompts first: those that are read together are of a length, and little of what is read is padding.
+    asked = np.flatnonzero(limits.max_new > 0).tolist()
+    waiting = collections.deque(sorted(asked, key=lambda request: len(prompts[request // n])))
     finished = n_requests - len(waiting)
     out = Samples(*(np.zeros((n_requests, max_new_tokens), dtype) for dtype in (np.int32, bool, *(np.float32,) * 3)))
     lengths_B = np.zeros(n_requests, np.int64)

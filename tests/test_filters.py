@@ -138,7 +138,12 @@ def test_blocks_then_tokens_are_drawn_from_the_softmax_and_never_what_is_removed
     keys = jax.random.split(jax.random.key(5), rows)
     counts = jnp.arange(rows, dtype=jnp.int32) % 3
     assert filters.block_width(64) == 4 and filters.block_width(60) == 1 and filters.block_width(49152) == 256
-    drawn = np.asarray(jax.jit(filters.draw)(jnp.broadcast_to(logits, (rows, 64)), keys, counts, limits))
+
+    @jax.jit
+    def draw(logits_BV, *request):
+        return filters.draw(logits_BV, filters.block_weights(logits_BV), *request)
+
+    drawn = np.asarray(draw(jnp.broadcast_to(logits, (rows, 64)), keys, counts, limits))
     assert drawn[-1] == logits.argmax()
     seen = np.bincount(drawn[:-1], minlength=64)
     p = np.exp(logits) / np.exp(logits).sum()
@@ -148,5 +153,5 @@ def test_blocks_then_tokens_are_drawn_from_the_softmax_and_never_what_is_removed
     assert possible.sum() == 41 and ((seen[possible] - wanted) ** 2 / wanted).sum() < 73.5  # 40 degrees of freedom
     # A row draws what it draws alone.
     first = jax.tree.map(lambda x: x[:1], (keys, counts, limits))
-    alone = jax.jit(filters.draw)(jnp.asarray(logits)[None], *first)
+    alone = draw(jnp.asarray(logits)[None], *first)
     assert alone[0] == drawn[0]

@@ -173,6 +173,16 @@ def test_a_groups_prompt_is_read_once_and_its_samples_differ_by_their_keys_alone
     np.testing.assert_array_equal(grouped.tokens[0, 0] == grouped.tokens[:3, 0], keys[:3] == keys[0])
 
 
+def test_prompts_of_a_length_are_read_together(params, monkeypatch):
+    read, prefill = [], decoding.prefill
+    monkeypatch.setattr(decoding, "prefill", lambda *arguments: read.append(arguments[2].shape) or prefill(*arguments))
+    monkeypatch.setitem(sampling.PREFILL_TOKENS, "cpu", 2 * 96)
+    mixed = [[5] * length for length in (90, 4, 91, 7, 92, 9, 93, 8)]
+    limits = sampling.make_limits(8, temperature=1.0, max_new=2)
+    sampling.sample(TINY, params, mixed, sampling.request_keys(0, range(8)), limits, max_new_tokens=2)
+    assert read == [(6, 32), (2, 96), (2, 96)]  # not a short one beside each long one, which would be four of the last
+
+
 def test_what_shares_the_batch_does_not_matter(params):
     keys = sampling.request_keys(1, range(4))
     limits = sampling.make_limits(4, temperature=[1.0, 0.0, 0.9, 1.3], max_new=[N, N, N, 3])
@@ -314,7 +324,7 @@ def test_a_segment_ends_early_for_who_waits_and_when_all_have_ended(params):
     limits = sampling.make_limits(4, max_new=[1, 12, 2, 3])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "segment", counted)
-        samples = run(params, PROMPTS, sampling.request_keys(0, range(4)), limits, **REFILLED)
+        samples = run(params, sorted(PROMPTS, key=len), sampling.request_keys(0, range(4)), limits, **REFILLED)
     assert lengths == [1, 2, 3, 3, 3] and samples.mask.sum(axis=1).tolist() == [1, 12, 2, 3]
 
 

@@ -15,7 +15,7 @@ from jaxalign import config as jaxalign_config
 def get_config(arg: str | None = None) -> ConfigDict:
     """`arg` is the number of steps."""
     config = jaxalign_config.base()
-    config.steps = int(arg or 24)
+    config.steps = int(arg or 48)
     config.batch_size = 4
     config.max_length = 128
 
@@ -33,8 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.learning_rate = 5e-4
     config.optim.warmup_steps = 2
 
-    config.eval.every = 24
-    config.eval.max_rows = 96
+    config.eval.every = 48
     config.samples.prompts = 4
     config.samples.max_new_tokens = 32
     config.checkpoint.every = 8

@@ -352,6 +352,10 @@ class Decoder(nn.Module):
         unstacked: Any = self.get_variable("params", "layers")
         if isinstance(unstacked, tuple):  # models.unstacked: a layer after the other, each with a cache of its own
             new = []
+            if sharding.platform() == "cpu":
+                # XLA would compute them anew for each element of each head that they turn, in each layer: it copies
+                # what it takes for cheap into the loops that read it. A loop of its own it does not copy.
+                rope = tuple(lax.map(lambda i: lax.switch(i, (jnp.cos, jnp.sin), angles), jnp.arange(2)))
             for n, (weights, k, v) in enumerate(zip(unstacked, *buffers, strict=True)):
                 its_window = None if window_L is None else window_L[n]
                 layer: Any = functools.partial(Layer(cfg, parent=None).apply, {"params": weights})

@@ -6,6 +6,7 @@ Letters: C completions, P prompts, F rewards, N tokens of a completion, B reques
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ class Sampled:
     """Completions of a list of prompts, one after another.
 
     tokens: int32 arrays [N]. masks: bool arrays [N], True where the policy wrote the token. logps: float32 [N], by the
-    sampler's programs at the temperature, unfiltered; None where a user's function has made the tokens. ended [C] bool:
-    not cut off by a limit. texts: without special tokens.
+    sampler's programs at the temperature, unfiltered; of a user's function those that it gave, NaN where they are not
+    known, or None if it gave none. ended [C] bool: not cut off by a limit. texts: without special tokens.
     """
 
     tokens: list[np.ndarray]
@@ -47,7 +48,8 @@ class Actor:
       min_completion_length: the limit of each completion is drawn from this to that; None: it is that.
       slots: completions decoded at once.
       max_prompt_tokens: of any prompt, so that all calls share their programs; None: the longest of each call.
-      function: (generate, rows) -> (token ids, mask) of each row, or None for one completion of each prompt.
+      function: (generate, rows) -> (token ids, mask) of each row, or (token ids, mask, log-probs); None: one completion
+        of each prompt. Every process calls it with the same rows, and it is to give all of them the same.
       ends: token ids that end a completion, beside those of `cfg` and the tokenizer.
       on_progress: called with what was finished, for a watchdog.
     """
@@ -105,25 +107,39 @@ class Actor:
 
     def _checked(self, rows: list[dict[str, Any]], found: Any) -> Sampled:
         """What a user's function has returned for `rows`."""
-        found, tokens, masks = list(found), [], []
+        found, tokens, masks, logps = list(found), [], [], []
         if len(found) != len(rows):
             raise ValueError(f"rollout.function returned {len(found)} completions for {len(rows)} rows")
-        for row, (ids, mask) in zip(rows, found, strict=True):
+        for row, (ids, mask, *given) in zip(rows, found, strict=True):
             tokens.append(np.asarray(ids, np.int32))
             masks.append(np.asarray(mask, bool))
+            logps.append(np.asarray(given[0] if given else np.full(len(ids), np.nan), np.float32))
             if tokens[-1].ndim != 1 or tokens[-1].shape != masks[-1].shape or not masks[-1].any():
                 raise ValueError(
                     f"rollout.function returned ids of shape {tokens[-1].shape} with a mask of shape "
                     f"{masks[-1].shape}, expected as many, some of them True (sampled)"
+                )
+            if logps[-1].shape != tokens[-1].shape:
+                raise ValueError(
+                    f"rollout.function returned ids of shape {tokens[-1].shape} with log-probs of shape "
+                    f"{logps[-1].shape}, expected as many (NaN where one is not known)"
                 )
             if len(ids) + len(row["prompt_ids"]) > self.max_length:
                 raise ValueError(
                     f"rollout.function returned {len(ids)} tokens after a prompt of {len(row['prompt_ids'])}, more "
                     f"than max_length = {self.max_length} holds: raise it, or end such rows earlier"
                 )
-        ended = np.array([ids[-1] in self.stop_ids for ids in tokens])
+        _check_same("what it returned", [*tokens, *masks])
+        ended = np.array([self._has_ended(ids, mask) for ids, mask in zip(tokens, masks, strict=True)])
         whole = Stops(self.tokenizer, ())  # a turn's stop string is no end of the text
-        return Sampled(tokens, masks, None, ended, [whole.text(ids.tolist(), ended=True) for ids in tokens])
+        known = any(np.isfinite(x[mask]).any() for x, mask in zip(logps, masks, strict=True))
+        texts = [whole.text(ids.tolist(), ended=True) for ids in tokens]
+        return Sampled(tokens, masks, logps if known else None, ended, texts)
+
+    def _has_ended(self, ids: np.ndarray, mask: np.ndarray) -> bool:
+        """Whether the last turn of a completion ends by itself."""
+        last_turn = ids[len(ids) - int(np.argmin([*mask[::-1], False])) :]
+        return ids[-1] in self.stop_ids or self._stops[0](last_turn.tolist()) is not None
 
     def reward(
         self, prepared: Prepared, places: Sequence[int] | np.ndarray, sampled: Sampled
@@ -189,8 +205,10 @@ class Generate:
         return self.params if decoding.is_view(self.params) else decoding.view(self.actor.cfg, self.params)
 
     def sample(self, prompts: Sequence[Any], n: int, max_new_tokens: int | None = None) -> Sampled:
-        """n completions of each prompt."""
+        """n completions of each prompt, with their log-probs."""
         actor, count = self.actor, len(prompts) * n
+        if actor.function is not None:
+            _check_same("the prompts that it asks for", prompts)
         most = min(max_new_tokens or actor.max_completion_length, actor.max_completion_length)
         room = [min(most, actor.max_length - len(ids)) for ids in prompts]
         if min(room, default=1) < 1:
@@ -225,6 +243,20 @@ class Generate:
         ended = np.array([ids[-1] in actor.stop_ids or find(ids.tolist()) is not None for ids in tokens])
         texts = [find.text(ids.tolist(), ended=bool(end)) for ids, end in zip(tokens, ended, strict=True)]
         return Sampled(tokens, [np.ones(len(ids), bool) for ids in tokens], logps, ended, texts)
+
+
+def _check_same(what: str, arrays: Sequence[Any]) -> None:
+    """That a user's rollout function does the same in every process, whose batches are parts of one."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digest = zlib.crc32(repr([np.asarray(x).tolist() for x in arrays]).encode())
+    if len(set(np.asarray(multihost_utils.process_allgather(np.uint32(digest))).tolist())) > 1:
+        raise ValueError(
+            f"rollout.function: {what} differs from process to process. Each calls it with the same rows: chance, time "
+            "or a tool in it must give all the same, e.g. seeded by the row"
+        )
 
 
 def seed_of(*numbers: int) -> int:

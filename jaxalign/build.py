@@ -235,6 +235,7 @@ class Run(Programs):
             normalize=self.config.rewards.normalize_advantages,
             score=self._score_rollout,
             scored=programs.scored(self.config, objective),
+            sampling_logps=programs.has_sampling_logps(self.config),
             **layout,
         )
 

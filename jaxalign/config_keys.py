@@ -231,7 +231,7 @@ KEYS: tuple[Key, ...] = (
     Key("rollout.resample", 0, int, "Groups whose completions all have one reward are replaced by those of new "
         "prompts, in so many rounds at most (DAPO's dynamic sampling).", range="[0, inf)"),
     Key("rollout.function", None, str | None, "FILE.function(generate, rows) -> (token ids, mask) of each row, beside "
-        "the config: several turns and tools. None: one completion."),
+        "the config: several turns and tools (or another sampler: with log-probs). None: one completion."),
     Key("rollout.show_every", 10, int, "Steps between groups that are shown and written to completions.jsonl; 0: "
         "never.", range="[0, inf)"),
 
@@ -347,6 +347,11 @@ def type_name(kind: Any) -> str:
 
 def unknown(name: str) -> str:
     """The message about a key that doesn't exist."""
+    if "vllm" in name.lower():
+        return (
+            f"there is no key {name!r}: no generation server is needed, a run samples with its own weights on its own "
+            "mesh (rollout.*). Leave it out"
+        )
     hint = "".join(f"; did you mean {key!r}?" for key in nearest(name))
     return f"there is no key {name!r}{hint} (--help_config lists all)"
 

@@ -256,6 +256,7 @@ def _rollout_contradictions(c: ConfigDict) -> Iterator[Problem]:
     r, weights, clip = c.rollout, c.rewards.weights, c.rewards.clip_range
     group, sampled = r.num_generations, c.batch_size * r.steps_per_generation
     longest, prompt = r.max_completion_length, c.data.max_prompt_length or 1
+    from jaxalign.losses import POLICY
     from jaxalign.rewards import name_of
 
     names = [name_of(name) for name in c.rewards.functions]
@@ -280,6 +281,10 @@ def _rollout_contradictions(c: ConfigDict) -> Iterator[Problem]:
          f"rollout.min_new_tokens = {r.min_new_tokens} is more than rollout.max_completion_length = {longest}"),
         (group == 1 and bool(r.resample), ("rollout.resample", "rollout.num_generations"),
          "rollout.resample replaces groups whose rewards are all alike, as those of one completion always are"),
+        (group == 1 and POLICY[c.loss.name].estimator in ("group", "leave_one_out"),
+         ("rollout.num_generations", "loss.name"),
+         f"rollout.num_generations = 1, but {c.loss.name} compares a completion with others of its prompt: make 2 or "
+         "more, or take reinforce or reinforce_pp"),
         (c.reference.mode == "cached", ("reference.mode",),
          "reference.mode=cached scores rows that are there before the run; completions are not: take live"),
         (c.loss.name == "reinforce" and r.steps_per_generation * r.num_iterations > 1,

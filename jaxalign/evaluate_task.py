@@ -61,7 +61,7 @@ def evaluate_task(
       stop: texts that end one.
       threshold: the value of a reward from which on an answer is right.
       reward_options: keywords of the rewards by name.
-      slots: answers that are decoded at once. What is drawn depends on seed, n and slots.
+      slots: answers that are decoded at once. What is drawn depends on seed, n, slots and how many rows there are.
       tensor: devices that the model is split over; the prompts are split over the others.
       completions: a file for a JSON line for each answer (`tasks.records`, and its temperature).
       say: hears of progress.

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 NO_ID = -1  # fills rows of stop_ids and bad_ids; equal to no token
-_COLUMNS = 4  # ids are this wide, or a multiple, so that models with 1 and with 3 stop ids share a program
+_COLUMNS = 16  # ids are this wide, or twice, four times ...: models with 1 and with 9 stop ids share a program
 
 Number = float | Sequence[float] | np.ndarray
 """One for all requests, or one each."""
@@ -28,7 +28,8 @@ _INFINITE_BITS = np.int32(np.float32(np.inf).view(np.int32))
 
 
 class Limits(NamedTuple):
-    """What each request asks for, one entry a row (see `make_limits`). All of it is data, so it compiles nothing anew.
+    """What each request asks for, one entry a row (see `make_limits`). All of it is data, so it compiles nothing anew
+    (but for more than 16 stop or banned ids, then for more than 32, and so on).
 
     temperature, top_p, min_p, repetition_penalty [B] float32; top_k, max_new, min_new [B] int32; stop_ids [B, S] and
     bad_ids [B, W] int32, filled up with -1.
@@ -102,7 +103,10 @@ def _ids(name: str, given: Sequence[int], rows: int) -> np.ndarray:
     ids = sorted(set(given))
     if ids and ids[0] < 0:
         raise ValueError(f"{name} ids are {ids}, expected token ids, which are at least 0")
-    table = np.full((rows, max(-(-len(ids) // _COLUMNS), 1) * _COLUMNS), NO_ID, np.int32)
+    width = _COLUMNS
+    while width < len(ids):
+        width *= 2
+    table = np.full((rows, width), NO_ID, np.int32)
     table[:, : len(ids)] = ids
     return table
 

@@ -71,6 +71,11 @@ def scored(config: ConfigDict, objective: Any) -> tuple[str, ...]:
     return ("old_logps",) * old + ("ref_logps",) * ref
 
 
+def has_sampling_logps(config: ConfigDict) -> bool:
+    """Whether batches of a rollout say how likely tokens were where they were sampled."""
+    return config.rollout.function is None or config.loss.importance_sampling_correction
+
+
 def longest_prompt(config: ConfigDict) -> int | None:
     """Tokens of a prompt at most, beyond which rows are dropped; None: as many as a row has."""
     if config.data.max_prompt_length is not None or config_lib.kind(config) != "prompts":

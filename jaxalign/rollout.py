@@ -140,6 +140,7 @@ class Rollouts:
         normalize: bool = False,
         score: Score = lambda rollout, params, ref_params: {},
         scored: Sequence[str] = (),
+        sampling_logps: bool = True,
         **layout: Any,
     ):
         """Args:
@@ -148,10 +149,12 @@ class Rollouts:
         weights, scale, aggregation, estimator, beta, clip_range, normalize: how rewards become advantages, see
           `advantages.combine`.
         score, scored: gives the log-probs named in `scored`: old_logps, ref_logps, both or none.
+        sampling_logps: batches say how likely tokens were where they were sampled.
         layout: buckets, packing, packed_length, row_multiple and rows, as of `ExampleSource`.
         """
         self.prepared, self.actor, self.seed = prepared, actor, seed
         self._score, self.scored, self._layout = score, tuple(scored), layout
+        self._sampling_logps = sampling_logps
         self._weights = np.asarray(weights or (1.0,) * len(actor.rewards.names), np.float32)
         self._combine: dict[str, Any] = {
             "num_generations": num_generations,
@@ -193,11 +196,11 @@ class Rollouts:
     def batch(self, step: int) -> Batch:
         """The batch of an update that the rollout in use serves.
 
-        Leaves: those of `packing.fill`; truncated [R, S]; advantages [R, S] or [R, T]; sampling_logps [R, T], unless a
-        user's function has sampled; old_logps and ref_logps [R, T], those that are `scored`.
+        Leaves: those of `packing.fill`; truncated [R, S]; advantages [R, S] or [R, T]; sampling_logps [R, T], where
+        they are wanted; old_logps and ref_logps [R, T], those that are `scored`.
         """
         batch, rollout = self._source(step)(step % self.updates), self.rollout
-        of_tokens = [*self.scored, *(["sampling_logps"] if self.actor.function is None else [])]
+        of_tokens = [*self.scored, *["sampling_logps"] * self._sampling_logps]
         if rollout.advantages.ndim == 2:
             of_tokens.append("advantages")
         for name in of_tokens:
@@ -237,7 +240,11 @@ class Rollouts:
             (alike,) = np.nonzero(~self._has_spread(rollout.rewards))
             if not len(alike):
                 break
-            others = self._reserve.examples_of(number * self._rounds + i)[: len(alike)]
+            there = set(rollout.prompts.tolist())  # no prompt is to be in a rollout twice
+            offered = [place for place in self._reserve.examples_of(number * self._rounds + i) if place not in there]
+            others = np.array(list(dict.fromkeys(offered))[: len(alike)], int)
+            if not len(others):
+                continue
             fresh = self._sampled(number, i + 1, others, params)
             (useful,) = np.nonzero(self._has_spread(fresh.rewards))
             rollout = self._replaced(rollout, alike[: len(useful)], fresh, useful)
@@ -253,6 +260,11 @@ class Rollouts:
         with self._timed("generate"):
             seed = seed_of(self.seed, 3, number, attempt)
             sampled = self.actor.sample(params, self.prepared, places, seed, n=self._group)
+        if self._sampling_logps and sampled.logps is None:
+            raise ValueError(
+                "loss.importance_sampling_correction compares with the log-probs that tokens were sampled with: have "
+                "rollout.function return (token ids, mask, log-probs) for each row, or set the correction to False"
+            )
         with self._timed("reward"):
             rewards, failed = self.actor.reward(self.prepared, places, sampled)
         size = len(places) * self._group
@@ -276,7 +288,11 @@ class Rollouts:
         )
 
     def _has_spread(self, rewards_CF: np.ndarray) -> np.ndarray:
-        """[P] bool: not all completions of the prompt have the same reward."""
+        """[P] bool: not all completions of the prompt have the same reward (or, where each function's rewards are
+        normalised before they are summed, the same rewards)."""
+        if self._combine["aggregation"] == "normalize_then_sum":
+            counted = rewards_CF.T[self._weights != 0]
+            return np.any([advantages.has_spread(values_C, self._group) for values_C in counted], axis=0)
         sums_C, clip_range = self.sums(rewards_CF), self._estimator["clip_range"]
         return advantages.has_spread(np.clip(sums_C, *clip_range) if clip_range else sums_C, self._group)
 

@@ -49,7 +49,7 @@ def answer(
       params: the model's whole weights.
       prepared: of kind `prompts`.
       temperature: 0 is greedy.
-      seed: what is drawn depends on it, on the prompt's place, and on n and the actor's slots.
+      seed: what is drawn depends on it, on the prompt's place among how many, and on n and the actor's slots.
       tell: hears of a few prompts at a time, as soon as they are answered.
     """
     # Parts of about one size, so that each fills the slots: the programs of all are the same.

@@ -99,7 +99,7 @@ def batch(run: programs.Programs, examples: int, *, scored: bool = False) -> dic
     leaves |= {"lengths": (np.int32, ()), "ends": (np.int32, (slots,))}
     of_tokens = ["ref_logps"] * scored
     if scored and objective.kind == "prompts":
-        of_tokens = [*programs.scored(config, objective), *["sampling_logps"] * (config.rollout.function is None)]
+        of_tokens = [*programs.scored(config, objective), *["sampling_logps"] * programs.has_sampling_logps(config)]
         whole = objective.estimator == "reinforce_pp" and objective.kl_in_reward
         leaves |= {"advantages": (np.float32, (length if whole else slots,)), "truncated": (np.float32, (slots,))}
     leaves |= dict.fromkeys(of_tokens, (np.float32, (length,)))

@@ -131,6 +131,47 @@ def test_a_users_function_gets_rows_and_its_answers_are_checked(asked):
             make(function=lambda generate, rows, answer=answer: answer).sample(None, Prompts(), [0, 1], 3, n=2)
 
 
+def test_a_users_function_may_tell_its_log_probs(asked):
+    def function(generate, rows):
+        found = generate.sample([row["prompt_ids"] for row in rows], 1)
+        return [
+            ([*ids, 4], [True] * len(ids) + [False], [*logps, np.nan])
+            for ids, logps in zip(found.tokens, found.logps, strict=True)
+        ]
+
+    found = make(function=function).sample(None, Prompts(), [0, 1], 3)
+    assert [x[:-1].tolist() for x in found.logps] == [[-2], [-2, -2]] and np.isnan(found.logps[0][-1])
+    unknown = make(function=lambda generate, rows: [([1, 4], [True, False], [np.nan, -1.0])] * 2)
+    assert unknown.sample(None, Prompts(), [0, 1], 3).logps is None  # of no token that was sampled
+    with pytest.raises(ValueError, match=r"ids of shape \(1,\) with log-probs of shape \(2,\)"):
+        make(function=lambda generate, rows: [([1], [True], [-1, -2])] * 2).sample(None, Prompts(), [0, 1], 3)
+
+
+def test_the_last_turn_of_a_users_function_ends_by_stop_id_or_text(asked):
+    turns = [
+        ([1, 1, 4, 2, END], [True, True, False, True, True], True),
+        ([2, 4, 1, 1], [True, False, True, True], True),  # the stop text ends the last turn
+        ([1, 1, 4, 2], [True, True, False, True], False),  # it ended the first one only
+        ([1, 1, 4], [True, True, False], False),  # the tool has the last word
+        ([1, 1], [True, True], True),
+    ]
+    function = lambda generate, rows: [turn[:2] for turn in turns]  # noqa: E731
+    found = make(function=function, stop=("aa",)).sample(None, Prompts(), [0], 3, n=len(turns))
+    assert found.ended.tolist() == [ended for *_, ended in turns]
+
+
+def test_a_function_that_differs_from_process_to_process_is_named(monkeypatch):
+    from jax.experimental import multihost_utils
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    told = []
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: told.append(x) or np.array([told[0], x]))
+    for ids in ([[1, 2], [3]], [[1, 2], np.array([3], np.int32)]):
+        actor._check_same("what it returned", ids)
+    with pytest.raises(ValueError, match="rollout.function: what it returned differs from process to process"):
+        actor._check_same("what it returned", [[1], [2, 3]])
+
+
 def test_a_prompt_without_room_is_named(asked):
     with pytest.raises(ValueError, match="a prompt of 8 tokens leaves no room within 8"):
         actor.Generate(make(), None, 0, None)([[1] * 8])

@@ -170,6 +170,14 @@ def test_an_unknown_key_names_the_nearest(name, nearest, tmp_path):
     assert any(f"there is no key {name!r}; did you mean {nearest!r}" in problem for problem in problems(nested))
 
 
+@pytest.mark.parametrize("name", ["vllm.host", "trl.use_vllm", "rollout.vllm_server_port"])
+def test_keys_of_a_generation_server_are_named_as_such(name):
+    message = f"there is no key {name!r}: no generation server is needed"
+    assert any(message in problem for problem in problems(C.nest({name: 1})))
+    with pytest.raises(ValueError, match=message):
+        C.load("configs/grpo_smollm2.py", [f"{name}=1"])
+
+
 def test_a_misspelt_key_is_not_complained_about_twice():
     config = good(steps=None)
     config.step = 5

@@ -10,9 +10,25 @@ import jax
 import numpy as np
 import pytest
 import runs
+from common import GOLDEN, load_tokenizer
 from test_multiprocess import processes
 
-from jaxalign import build, checkpoint, config, decoding, diagnose, metrics, rollout, sharding, train, workload
+from jaxalign import (
+    build,
+    checkpoint,
+    config,
+    decoding,
+    diagnose,
+    generate,
+    hf,
+    metrics,
+    rollout,
+    score,
+    sharding,
+    train,
+    workload,
+)
+from jaxalign.rewards.model import RewardModel
 from jaxalign.signals import Stopper
 
 MINE = """
@@ -50,6 +66,12 @@ def answered(completions, answer, **columns):
     \"\"\"What stands behind the calculator's result, in small letters.\"\"\"
     parts = [text.partition(f"={2 * int(right)};") for text, right in zip(completions, answer)]
     return [(bool(told) + sum(letter.islower() for letter in after) / 3) / 2 for _, told, after in parts]
+
+
+def fails(prompts, completions, answer):
+    if any(int(right) % 4 == 0 for right in answer):
+        raise KeyError("no such thing")
+    return [1.0 for _ in completions]
 
 
 def asks(completions, solution):
@@ -146,6 +168,37 @@ def test_metrics_have_trls_names_and_differ_from_rollout_to_rollout(whole):
     assert first["epoch"] == pytest.approx(1 / 8) and column(whole, "epoch")[-1] == pytest.approx(6 / 8)
     before = lines[0]
     assert {"eval_reward", "eval_reward_se", "eval_rewards/own/mean", "eval_completions/mean_length"} <= before.keys()
+
+
+def test_a_reward_that_fails_costs_its_rows_and_stops_the_run_where_it_does_too_often(files, tmp_path):
+    folder = runs.run(tmp_path / "run", **settings(files, "letters", "fails", steps=4, rollout__show_every=1)).folder
+    rates = column(folder, "rewards/fails/error_rate")
+    assert set(rates) <= {0, 0.25, 0.5} and sum(rates) == 1  # four of the sixteen prompts, and no others of theirs
+    assert np.isfinite(column(folder, "loss")).all() and column(folder, "rewards/letters/error_rate") == [0] * 4
+    for row in metrics.read_completions(folder):
+        assert row["fails"] == (None if int(row["prompt"].rstrip("?")) % 4 == 0 else 1)
+    changes = {"rewards__max_error_rate": 0.01, "eval__at_start": False}
+    with pytest.raises(RuntimeError, match=r"(?s)reward fails failed on .*max_error_rate.*KeyError: 'no such thing'"):
+        runs.run(tmp_path / "stopped", **settings(files, "letters", "fails", steps=4, **changes))
+
+
+def test_a_reward_model_rewards_what_a_run_samples(files, tmp_path, monkeypatch):
+    cfg, params = hf.load(GOLDEN / "models" / "llama" / "reward", head="score")
+    judge = hf.save(tmp_path / "judge", cfg, params, tokenizer_from=load_tokenizer("llama"))
+    asked, call = [], RewardModel.__call__
+    monkeypatch.setattr(RewardModel, "__call__", lambda self, *texts: asked.append(texts) or call(self, *texts))
+    name = f"model:{judge}"
+    given = {"rewards__functions": (name,), "steps": 2, "rollout__show_every": 1}
+    folder = runs.run(tmp_path / "run", **settings(files, **given)).folder
+    prompts, completions, _ = [texts for texts in asked if len(texts[0]) == 16][-1]  # of the last rollout
+    rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, completions, strict=True)]
+    loaded = generate.load(str(judge), head="score")
+    scores = [row["score"] for row in score.score(loaded.cfg, loaded.params, loaded.tokenizer, rows)]
+    assert len(scores) == 16 and np.std(scores) > 1e-2
+    assert column(folder, f"rewards/{name}/mean")[-1] == pytest.approx(np.mean(scores), abs=1e-5)
+    shown = [row for row in metrics.read_completions(folder) if row["step"] == 2]
+    at = [row["prompt"] for row in rows].index(shown[0]["prompt"])
+    np.testing.assert_allclose([row[name] for row in shown], scores[at : at + 4], rtol=0, atol=1e-5)
 
 
 def test_a_group_of_each_rollout_is_written_with_its_rewards_and_advantages(whole):

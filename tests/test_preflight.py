@@ -455,6 +455,7 @@ def tpu(code, *arguments, timeout=1200):
         ("dpo_llama3", "v5p:2x2x2", "llama3_8b"),
         ("dpo_llama3", "v5e:4x4", "llama3_8b"),
         ("dpo_llama3_70b", "v5p:2x4x4", "tulu3_70b"),
+        ("grpo_gsm8k_qwen2p5_0p5b", "v5e:2x2", "qwen2p5_0p5b"),
     ],
 )
 def test_the_shipped_configs_fit(name, topology, shape):

@@ -149,6 +149,38 @@ def test_groups_without_spread_give_way_to_new_prompts_within_the_rounds_allowed
     assert again.actor.asked == many.actor.asked
 
 
+def test_no_prompt_is_in_a_rollout_twice():
+    """Of ten prompts four are in a rollout, so that what would take the place of a group often is in it already."""
+    rollouts = source(resample=4)
+    for number in (0, 1, 3, 4, 5, 6, 8, 9):  # the others begin in one epoch and end in the next
+        rollouts(4 * number, 3)
+        groups = rollouts.rollout.prompts[::GROUP]
+        assert len(set(groups.tolist())) == len(groups) == 4
+    assert len(rollouts.actor.asked) > 10
+
+
+def test_groups_have_spread_by_what_their_advantages_are_made_of():
+    values = np.array([[0, 2], [1, 0], [1, 1], [1, 1], [0, 1], [0, 0]], np.float32)  # sums 1 1, 1.5 1.5, 0.5 0
+    by_aggregation = {"sum_then_normalize": [False, False, True], "normalize_then_sum": [True, False, True]}
+    for aggregation, expected in by_aggregation.items():
+        rollouts = source(weights=(1.0, 0.5), aggregation=aggregation)
+        assert rollouts._has_spread(values).tolist() == expected
+    one = source(weights=(1.0, 0.0), aggregation="normalize_then_sum")
+    assert one._has_spread(values).tolist() == [True, False, False]  # what counts nothing makes no difference
+
+
+def test_log_probs_of_another_sampler_are_asked_for_where_they_are_needed():
+    def without(rollouts):
+        sample = rollouts.actor.sample
+        rollouts.actor.sample = lambda *a, **k: dataclasses.replace(sample(*a, **k), logps=None)
+        return rollouts
+
+    batch = without(source(sampling_logps=False, scored=()))(0, 3)
+    assert "sampling_logps" not in batch
+    with pytest.raises(ValueError, match="have rollout.function return .token ids, mask, log-probs. for each row"):
+        without(source())(0, 3)
+
+
 def test_metrics_leave_out_what_has_no_reward_and_count_what_failed():
     rollouts = source(weights=(1.0, 1.0))
     rollouts(0, 3)
@@ -188,13 +220,15 @@ def test_keys_that_do_nothing_or_contradict_are_named():
             return str(error)
         return ""
 
-    assert problems() == ""
+    assert problems() == "" == problems(loss__name="reinforce", rollout__num_generations=1)
     offline = problems(loss__name="sigmoid", rollout__top_k=5)
     assert "rollout.top_k = 5 has no effect" in offline and "rewards.functions = ('gsm8k',) has no effect" in offline
     for changes, text in (
         ({"rewards__functions": None}, "rewards.functions is missing"),
         ({"rewards__functions": ("a.f", "b.py:f")}, "two of f, f have one name"),
         ({"rollout__min_new_tokens": 300}, "rollout.min_new_tokens = 300 is more than"),
+        ({"rollout__num_generations": 1}, "grpo compares a completion with others of its prompt"),
+        ({"rollout__num_generations": 1, "loss__name": "rloo"}, "rloo compares a completion"),
         ({"rollout__resample": 1, "rollout__num_generations": 1}, "replaces groups whose rewards are all alike"),
         ({"reference__mode": "cached", "loss__beta": 0.1}, "reference.mode=cached"),
         ({"data__max_prompt_length": 1000}, "no room for 1000 prompt tokens"),

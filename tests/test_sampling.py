@@ -216,7 +216,7 @@ def test_no_limit_key_prompt_or_number_of_finished_rows_recompiles(params):
     for limits in (
         sampling.make_limits(4, max_new=2, temperature=0.5),
         sampling.make_limits(4, max_new=[1, 2, 3, 6], temperature=[0, 1, 2, 3], stop_ids=[4]),
-        sampling.make_limits(4, max_new=0, stop_ids=[1, 2, 3, 4]),
+        sampling.make_limits(4, max_new=0, stop_ids=range(1, 17), bad_ids=range(20, 36)),
         sampling.make_limits(4, **ASKED, **IDS),
     ):
         run(params, PROMPTS[::-1], sampling.request_keys(5, [9, 8, 7, 6]), limits, **bound)
@@ -358,12 +358,13 @@ def test_a_mesh_samples_what_one_device_samples_and_weights_stay_where_they_lie(
 
 @pytest.mark.slow
 def test_caches_are_updated_in_place(params):
-    """One update of each layer's keys and one of its values at a token, and no copy of either."""
+    """One update of each layer's keys and one of its values at a token, no copy of either, and no sort."""
     asked = dict(n_prompts=4, max_prompt_tokens=10, max_new_tokens=N)
     decode = sampling.programs(TINY, models.abstract(TINY), **asked)["decode"].lower().compile()
     whole = re.findall(r"= f32\[4,2,(?:44,8|8,44)\]\{\S+ (\S+?)\(", decode.as_text())
     assert whole.count("dynamic-update-slice") == 4
     assert not {"copy", "transpose", "scatter", "select"} & set(whole)
+    assert not re.search(r"\b(sort|topk)\(", decode.as_text(), re.IGNORECASE)
 
 
 @pytest.mark.slow

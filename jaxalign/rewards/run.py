@@ -102,11 +102,12 @@ class Worker:
     def rewards(self, arguments: Mapping[str, Sequence[Any]], count: int) -> list[Row]:
         """The rewards of `count` completions; every argument is a list with an entry for each of them.
 
-        The function is called once, with all. If that brings nothing (it raised, took too long, crashed, returned
-        another count), it is called with each row alone, so that only the rows which are to blame are lost: a quarter
-        of the timeout for one, twice the timeout and 8 new processes for all; rows that are not reached are lost too.
-        An async function is first called with all the single rows at once, for one timeout. A function that compares
-        completions with each other sees single ones then, only then.
+        The function is called once, with all. If that brings nothing (it raised, took too long, crashed), it is called
+        with each row alone, so that only the rows which are to blame are lost: a quarter of the timeout for one, twice
+        the timeout and 8 new processes for all; rows that are not reached are lost too. Another number of rewards than
+        of completions is a mistake that no row is to blame for, and costs all. An async function is first called with
+        all the single rows at once, for one timeout. A function that compares completions with each other sees single
+        ones then, only then.
         """
         last_start, until = self._starts + _RESTARTS, self._seconds + 3 * self._timeout
         try:

@@ -148,8 +148,8 @@ def _rows(found: Any, count: int) -> list[tuple[float | None, str | None]]:
     if isinstance(found, str | bytes | Mapping):
         raise TypeError(f"expected a list of {count} numbers or None, got {found!r:.200}")
     found = list(found)
-    if len(found) != count:
-        raise ValueError(f"expected a list of {count} numbers or None, got {len(found)}")
+    if len(found) != count:  # which of them is whose, nobody knows: all rows are lost, and asked for no second time
+        return [(None, f"expected a list of {count} numbers or None, got {len(found)}")] * count
     return list(map(_number, found))
 
 

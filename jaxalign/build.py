@@ -63,7 +63,7 @@ def load_data(config: ConfigDict, dropped_path: PathLike | None, dataset: Any = 
         max_length=config.max_length,
         max_prompt_length=programs.longest_prompt(config),
         format=config.data.format,
-        format_options=config.data.format_options and config.data.format_options.to_dict(),
+        format_options=config_lib.plain(config.data.format_options),
         on_long=config.data.on_long,
         cache_dir=config.data.cache_dir,
         max_dropped_share=config.data.max_dropped_share,
@@ -133,8 +133,8 @@ def make_actor(
         data.tokenizer,
         rewards.load(
             given.functions,
-            given.options and given.options.to_dict(),
-            columns=data.train.column_names(),
+            config_lib.plain(given.options),
+            columns=data.train.column_names,
             tokenizer=data.tokenizer,
             mesh=mesh,
             timeout=given.timeout,
@@ -236,6 +236,7 @@ class Run(Programs):
             score=self._score_rollout,
             scored=programs.scored(self.config, objective),
             sampling_logps=programs.has_sampling_logps(self.config),
+            mask_truncated=self.config.loss.mask_truncated_completions,
             **layout,
         )
 
@@ -445,7 +446,7 @@ class Run(Programs):
         """Of the weights at `path`, or of the random ones."""
         if path is not None:
             return hf.fingerprint(path)
-        random = {"seed": self.config.seed, "model": self.config.model.random.to_dict(), "jax": jax.__version__}
+        random = {"seed": self.config.seed, "model": config_lib.plain(self.config.model.random), "jax": jax.__version__}
         return hashlib.sha256(json.dumps(random, sort_keys=True).encode()).hexdigest()
 
     def eval_batches(self, state: step_lib.TrainState, *, untrained: bool = False) -> Iterator[dict[str, jax.Array]]:

@@ -27,7 +27,7 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -415,6 +415,10 @@ def _params_of(saved: dict[str, Any]) -> dict[str, Any]:
     return {path: leaf for path, leaf in saved.items() if path.split("/")[0] == "params"}
 
 
+def _without(parts: Collection[str], saved: dict[str, Any]) -> dict[str, Any]:
+    return {path: leaf for path, leaf in saved.items() if path.split("/")[0] not in parts}
+
+
 def _agreed(steps: list[int]) -> list[int]:
     """The first process's list of steps: a network disk may show the others an older one."""
     if jax.process_count() == 1:
@@ -660,7 +664,9 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def restore(self, abstract_state: Tree, step: int | None = None) -> Restored | None:
+    def restore(
+        self, abstract_state: Tree, step: int | None = None, *, ignore: Collection[str] = ()
+    ) -> Restored | None:
         """The newest valid checkpoint (or `step`'s), verified, on the shardings of `abstract_state`; None without any.
 
         An invalid step is named in a warning with its reason, and the next older one is taken. Steps after the restored
@@ -670,6 +676,7 @@ class Checkpoints:
         Args:
           abstract_state: tree like the saved one with jax.ShapeDtypeStruct leaves (or arrays, scalars), on any mesh.
           step: None, or a step that must be there and valid.
+          ignore: parts of what was saved, by their names in the tree, that are not wanted.
 
         Returns:
           (step, state, meta), or None if there is no checkpoint at all.
@@ -685,7 +692,8 @@ class Checkpoints:
         if not steps:
             return None
         candidates = steps[::-1] if step is None else [step]
-        restored = _first_valid(self.folder, candidates, dict, abstract_state)
+        wanted = functools.partial(_without, ignore)
+        restored = _first_valid(self.folder, candidates, wanted, abstract_state)
         self._own = {restored.step}
         if jax.process_index() == 0:
             for later in [s for s in steps if s > restored.step]:

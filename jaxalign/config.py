@@ -32,6 +32,7 @@ from jaxalign.config_keys import (
     type_name,
     unknown,
 )
+from jaxalign.config_keys import plain as plain
 from jaxalign.config_rules import Given, contradictions, inert
 from jaxalign.config_rules import head as head  # the rest of the program asks config for these
 from jaxalign.config_rules import is_lora as is_lora

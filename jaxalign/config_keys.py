@@ -208,8 +208,10 @@ KEYS: tuple[Key, ...] = (
 
     Key("rollout.num_generations", 8, int, "Completions sampled of each prompt: a group.", range="[1, inf)"),
     Key("rollout.steps_per_generation", 1, int, "Updates that the completions sampled at once are split into; one "
-        "update sees batch_size of them.", range="[1, inf)"),
-    Key("rollout.num_iterations", 1, int, "Passes over the completions sampled at once.", range="[1, inf)"),
+        "update sees batch_size of them (TRL counts micro-batches: its number over gradient_accumulation_steps).",
+        range="[1, inf)"),
+    Key("rollout.num_iterations", 1, int, "Passes over the completions sampled at once, each in an order of its own.",
+        range="[1, inf)"),
     Key("rollout.max_completion_length", 256, int, "Tokens of a completion at most (with rollout.function: of one "
         "generation).", range="[1, inf)"),
     Key("rollout.min_completion_length", None, int | None, "Each completion's own limit is drawn from this to "
@@ -466,13 +468,13 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
 
 def nest(flat: Mapping[str, Any]) -> ConfigDict:
     """The ConfigDict of {"a.b": value}. Not type-safe: None -> number and int -> tuple are judged by `coerce`."""
-    config = ConfigDict(type_safe=False)
+    config = ConfigDict(type_safe=False, convert_dict=False)  # a dict's own names may have dots
     for name, value in flat.items():
         *sections, field = name.split(".")
         node = config
         for section in sections:
             if section not in node:
-                node[section] = ConfigDict(type_safe=False)
+                node[section] = ConfigDict(type_safe=False, convert_dict=False)
             node = node[section]
         node[field] = value
     return config

@@ -319,7 +319,8 @@ def _best_contradictions(c: ConfigDict, given: Given) -> Iterator[Problem]:
     if c.checkpoint.keep_best:
         wanted.append(("checkpoint.best_metric", best.best_metric, "checkpoint.best_mode", best.best_mode))
         if c.checkpoint.best_metric is None:
-            yield ("checkpoint.best_metric",), "checkpoint.keep_best needs checkpoint.best_metric, e.g. eval_loss"
+            metric = "eval_reward" if _known_terms(c)[0] == "prompts" else "eval_loss"
+            yield ("checkpoint.best_metric",), f"checkpoint.keep_best needs checkpoint.best_metric, e.g. {metric}"
     for metric_key, metric, mode_key, mode in wanted:
         if metric is None:
             continue

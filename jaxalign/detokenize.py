@@ -61,9 +61,10 @@ class Stops:
 
 
 def stops(tokenizer: Any, strings: Sequence[str], *, min_new_tokens: int = 0) -> tuple[Stops, list[int]]:
-    """(what looks for the stop strings, the ids of those that are special or added tokens of the tokenizer).
+    """(what looks for the stop strings, the ids of those that are special tokens of the tokenizer).
 
-    Text has no special tokens, so a stop string that is one ("<|im_end|>") has to be a stop id.
+    Text has no special tokens, so a stop string that is one ("<|im_end|>") has to be a stop id. Other tokens that were
+    added ("</think>") are in the text and may be spelled with smaller ones.
 
     Raises:
       ValueError: an empty stop string.
@@ -71,8 +72,15 @@ def stops(tokenizer: Any, strings: Sequence[str], *, min_new_tokens: int = 0) ->
     if isinstance(strings, str) or not all(isinstance(string, str) and string for string in strings):
         raise ValueError(f"stop is {strings!r}, expected a sequence of texts that are not empty")
     added = tokenizer.get_added_vocab()
-    texts = tuple(dict.fromkeys(string for string in strings if string not in added))
-    return Stops(tokenizer, texts, min_new_tokens), [added[string] for string in strings if string in added]
+
+    def is_special(string: str) -> bool:
+        return string in added and (
+            added[string] in tokenizer.all_special_ids or tokenizer.added_tokens_decoder[added[string]].special
+        )
+
+    special = {string: added[string] for string in strings if is_special(string)}
+    texts = tuple(dict.fromkeys(string for string in strings if string not in special))
+    return Stops(tokenizer, texts, min_new_tokens), [*special.values()]
 
 
 def bad_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
@@ -83,8 +91,8 @@ def bad_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
     Raises:
       ValueError: no token is the word.
     """
-    if isinstance(words, str):
-        raise ValueError(f"bad_words is {words!r}, expected a sequence of texts")
+    if isinstance(words, str) or not all(words):
+        raise ValueError(f"bad_words is {words!r}, expected a sequence of texts that are not empty")
     vocab, found = tokenizer.get_vocab(), []
     for word in words:
         encoded = tokenizer([word, f" {word}"], add_special_tokens=False)["input_ids"]

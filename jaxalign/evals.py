@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxalign import metrics, paths, reference, tasks
+from jaxalign import hf, metrics, paths, reference, tasks
 from jaxalign.metrics import Z
 
 SHOWN = 4  # completions of a group on the terminal
@@ -247,6 +247,7 @@ def completions(run: Any, params: Any) -> list[dict[str, Any]]:
         temperature=samples.temperature,
         seed=run.config.seed,
         batch_size=len(prompts),
+        stop_ids=hf.stop_ids(run.cfg, tokenizer, run.config.model.path),
     )
     shown = [p if isinstance(p, str) else tokenizer.decode(p, skip_special_tokens=True) for p in prompts]
     return [{"prompt": prompt, "completion": text} for prompt, text in zip(shown, texts, strict=True)]

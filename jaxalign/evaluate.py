@@ -163,7 +163,9 @@ def shift(run: build.Run, params: models.Params, answers: tuple[np.ndarray, np.n
         prompts,
         sampling.request_keys(run.config.seed, np.arange(len(prompts))),
         sampling.make_limits(
-            len(prompts), max_new=[length - len(ids) for ids in prompts], stop_ids=hf.stop_ids(run.cfg, tokenizer)
+            len(prompts),
+            max_new=[length - len(ids) for ids in prompts],
+            stop_ids=hf.stop_ids(run.cfg, tokenizer, run.config.model.path),
         ),
         max_new_tokens=length - min(map(len, prompts)),
         slots=min(len(prompts), OWN_SLOTS),

@@ -18,6 +18,7 @@ from absl import flags
 from jaxalign import decoding, generate, rewards, rollout, sharding, tasks, user_code
 from jaxalign.actor import Actor
 from jaxalign.data import sources
+from jaxalign.data.rows import to_json
 
 LIMITS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new": 0}
 
@@ -96,7 +97,7 @@ def evaluate_task(
             reward,
             reward_options,
             config_folder=Path.cwd(),
-            columns=prepared.column_names(),
+            columns=prepared.column_names,
             tokenizer=tokenizer,
             mesh=mesh,
         )
@@ -116,7 +117,7 @@ def evaluate_task(
         params = decoding.view(cfg, params)
         file = None
         if completions is not None and jax.process_index() == 0:
-            file = stack.enter_context(open(Path(completions).expanduser(), "w", encoding="utf-8"))
+            file = stack.enter_context(open(Path(completions).expanduser(), "wb"))
 
         def answers(n: int, temperature: float) -> tasks.Answers:
             began = time.monotonic()
@@ -124,7 +125,7 @@ def evaluate_task(
             def tell(part: tasks.Answers) -> None:
                 if file is not None:
                     for record in tasks.records(part, prepared, scores.names):
-                        file.write(json.dumps({**record, "temperature": temperature}, ensure_ascii=False) + "\n")
+                        file.write(to_json({**record, "temperature": temperature}) + b"\n")
                     file.flush()
                 done, means = int(part.places[-1]) + 1, _means(part.rewards)
                 told = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(scores.names, means, strict=True))
@@ -195,8 +196,8 @@ def run(values: flags.FlagValues, say: Callable[[str], object]) -> dict[str, flo
     """What the command line asks for."""
     if values.model is None or not values.reward:
         raise ValueError("--task goes with --model=PATH and --reward=NAME[,NAME]: what is to answer, and who judges it")
-    if values.completions and not Path(values.completions).expanduser().absolute().parent.is_dir():
-        raise ValueError(f"--completions={values.completions}: its folder does not exist")
+    if values.completions:
+        generate.check_writable("--completions", values.completions)
     try:
         options = values.reward_options and json.loads(values.reward_options)
     except ValueError as error:

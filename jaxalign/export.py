@@ -7,6 +7,7 @@ Of a LoRA run the folder is the whole model, the adapters merged into the weight
 (what a quantised run computed with was rounded); or, with --adapter, the adapters alone as PEFT opens them.
 """
 
+import dataclasses
 import functools
 import json
 import logging as python_logging
@@ -70,7 +71,8 @@ def load_run(
         read = _merged(run, _adapters(run, step, place)[0], place)
         params = lora.nest({path: read(path) for path in lora.flat(models.declare(run.cfg))})
     tokenizer, _ = programs.load_tokenizer(run.config)
-    return run.cfg, params, tokenizer
+    ends = hf.stop_ids(run.cfg, path=run.config.model.path)  # those of generation_config.json too
+    return dataclasses.replace(run.cfg, eos_token_id=ends), params, tokenizer
 
 
 def _abstract(declared: models.Params, place: Any) -> models.Params:

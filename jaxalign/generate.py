@@ -10,7 +10,7 @@
 
 import contextlib
 import dataclasses
-import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ from absl import flags
 from jaxalign import decoding, hf, lora, models, paths, peft_files, sampling, sharding
 from jaxalign.completions import Completion, Prompt, complete, length_bounds, stream
 from jaxalign.data import chat
+from jaxalign.data.rows import to_json
 from jaxalign.models import ModelConfig, Params
 
 __all__ = ["Completion", "Model", "Prompt", "complete", "load", "stream"]
@@ -179,8 +180,8 @@ def _rows(values: flags.FlagValues) -> list[dict[str, Any]]:
     options = _options(values)
     length_bounds(options["max_new_tokens"], options["min_new_tokens"])
     sampling.make_limits(1, max_new=1, **{name: options[name] for name in DISTRIBUTION})  # its errors, before a load
-    if values.out is not None and not Path(values.out).expanduser().absolute().parent.is_dir():
-        raise ValueError(f"--out={values.out}: its folder does not exist")
+    if values.out is not None:
+        check_writable("--out", values.out)
     if values.prompt is not None:
         return [{"prompt": values.prompt}]
     if values.prompts is None:
@@ -194,7 +195,9 @@ def _rows(values: flags.FlagValues) -> list[dict[str, Any]]:
     rows = list(sources.read_rows(values.prompts))
     for number, row in enumerate(rows):
         prompt = row.get("prompt") if isinstance(row, Mapping) else None
-        is_chat = isinstance(prompt, list) and all(isinstance(message, Mapping) for message in prompt)
+        is_chat = isinstance(prompt, list) and all(
+            isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in prompt
+        )
         if not isinstance(prompt, str) and not is_chat:
             shown = f"{row!r:.200}"
             raise ValueError(f'{values.prompts}, row {number}: expected {{"prompt": text or messages}}, got {shown}')
@@ -223,6 +226,15 @@ def _options(values: flags.FlagValues) -> dict[str, Any]:
         "max_new_tokens": lengths[0] if len(lengths) == 1 else (lengths[0], lengths[1]),
         "stop_ids": None if values.stop_ids is None else _integers("stop_ids", values.stop_ids),
     }
+
+
+def check_writable(flag: str, file: str) -> None:
+    """Raises ValueError, before a model is read, where a flag's file can't be written."""
+    path = Path(file).expanduser().absolute()
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag}={file}: its folder does not exist")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{flag}={file}: it can't be written")
 
 
 def _integers(flag: str, texts: Sequence[str]) -> list[int]:
@@ -264,10 +276,10 @@ def _answer_all(model: Model, rows: list[dict[str, Any]], values: flags.FlagValu
                 "tokens": len(completion.tokens),
                 "finished": completion.finished,
             }
-            out.write(json.dumps({**rows[prompt], **answer}, ensure_ascii=False) + "\n")
+            out.write(to_json({**rows[prompt], **answer}) + b"\n")
             out.flush()
 
-    file = None if values.out is None else open(Path(values.out).expanduser(), "w", encoding="utf-8")
+    file = None if values.out is None else open(Path(values.out).expanduser(), "wb")
     with contextlib.nullcontext() if file is None else file as out:
         heard = {"on_text": _print_piece if total == 1 else None, "on_completion": tell, "on_progress": progress}
         _stream(model, prompts, {**_options(values), **heard, "seed": values.seed})

@@ -35,7 +35,7 @@ def _added(config: ConfigDict) -> dict[str, Any]:
 
 def model_config(config: ConfigDict, *, path: str | None, platform: str | None = None) -> ModelConfig:
     """The ModelConfig of model.path (or another `path`), or of model.random, and how it is run on `platform`."""
-    cfg = models.config_from_hf(config.model.random.to_dict()) if path is None else hf.read_config(path)
+    cfg = models.config_from_hf(config_lib.plain(config.model.random)) if path is None else hf.read_config(path)
     if any(_added(config).values()) and (config.tokenizer.path or config.model.path):
         cfg = hf.fit_to_tokenizer(cfg, load_tokenizer(config)[0], **_added(config))
     on_cpu = (platform or jax.default_backend()) == "cpu"
@@ -73,7 +73,9 @@ def scored(config: ConfigDict, objective: Any) -> tuple[str, ...]:
 
 def has_sampling_logps(config: ConfigDict) -> bool:
     """Whether batches of a rollout say how likely tokens were where they were sampled."""
-    return config.rollout.function is None or config.loss.importance_sampling_correction
+    loss = config.loss
+    compares = loss.importance_sampling_correction or loss.off_policy_mask_threshold is not None
+    return bool(config.rollout.function is None or compares)
 
 
 def longest_prompt(config: ConfigDict) -> int | None:

@@ -141,6 +141,7 @@ class Rollouts:
         score: Score = lambda rollout, params, ref_params: {},
         scored: Sequence[str] = (),
         sampling_logps: bool = True,
+        mask_truncated: bool = False,
         **layout: Any,
     ):
         """Args:
@@ -150,11 +151,12 @@ class Rollouts:
           `advantages.combine`.
         score, scored: gives the log-probs named in `scored`: old_logps, ref_logps, both or none.
         sampling_logps: batches say how likely tokens were where they were sampled.
+        mask_truncated: what completions without an end cost in KL divergence is taken off no reward.
         layout: buckets, packing, packed_length, row_multiple and rows, as of `ExampleSource`.
         """
         self.prepared, self.actor, self.seed = prepared, actor, seed
         self._score, self.scored, self._layout = score, tuple(scored), layout
-        self._sampling_logps = sampling_logps
+        self._sampling_logps, self._mask_truncated = sampling_logps, mask_truncated
         self._weights = np.asarray(weights or (1.0,) * len(actor.rewards.names), np.float32)
         self._combine: dict[str, Any] = {
             "num_generations": num_generations,
@@ -251,7 +253,8 @@ class Rollouts:
         if self.scored:
             with self._timed("score"):
                 rollout = dataclasses.replace(rollout, **self._score(rollout, params, ref_params))
-        drift = {"kl_CN": rollout.old_logps - rollout.ref_logps, "mask_CN": rollout.mask}
+        counted = rollout.mask & ((rollout.truncated == 0)[:, None] | (not self._mask_truncated))
+        drift = {"kl_CN": rollout.old_logps - rollout.ref_logps, "mask_CN": counted}
         found, _ = advantages.combine(rollout.rewards, self._weights, **self._combine, **self._estimator, **drift)
         return dataclasses.replace(rollout, advantages=np.asarray(found, np.float32))
 
@@ -262,8 +265,9 @@ class Rollouts:
             sampled = self.actor.sample(params, self.prepared, places, seed, n=self._group)
         if self._sampling_logps and sampled.logps is None:
             raise ValueError(
-                "loss.importance_sampling_correction compares with the log-probs that tokens were sampled with: have "
-                "rollout.function return (token ids, mask, log-probs) for each row, or set the correction to False"
+                "loss.importance_sampling_correction and loss.off_policy_mask_threshold compare with the log-probs "
+                "that tokens were sampled with: have rollout.function return (token ids, mask, log-probs) for each row "
+                "(generate.sample gives them), or leave both keys out"
             )
         with self._timed("reward"):
             rewards, failed = self.actor.reward(self.prepared, places, sampled)

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -154,7 +155,7 @@ class Training:
 
         self.state = pieces.state  # abstract, until there is one
         self.progress, self.former = Progress(), self.meta["config"]
-        restored = checkpoints.restore(self.kept())
+        restored = self.restored()
         self.resumed = restored is not None
         if restored is not None:
             check_data(restored.meta["data"], self.meta["data"], force=config.resume == "force")
@@ -467,7 +468,7 @@ class Training:
         if stopping.metric is None or not found:
             return p.best, p.evals_since_best
         value, sign = found[stopping.metric], 1 if stopping.mode == "max" else -1
-        if p.best is None or sign * value > sign * p.best:
+        if not math.isnan(value) and (p.best is None or sign * value > sign * p.best):
             return value, 0
         return p.best, p.evals_since_best + 1
 
@@ -478,10 +479,24 @@ class Training:
             return self.state
         return {**self.state._asdict(), "rollout": rollouts.kept(self.progress.step)}
 
+    def restored(self) -> checkpoint.Restored | None:
+        """The newest valid checkpoint; by force without its rollout, where that is not of this run's shapes."""
+        kept = self.kept()
+        try:
+            return self.checkpoints.restore(kept)
+        except ValueError:
+            if self.config.resume != "force" or self.run.rollouts is None:
+                raise
+        kept.pop("rollout")
+        found = self.checkpoints.restore(kept, ignore=("rollout",))
+        log.warning("the saved rollout has other shapes than those of this config: a new one takes its place")
+        return found
+
     def take_up(self, kept: Any) -> None:
         """Goes on with what `kept` gave."""
         if self.run.rollouts is not None:
-            self.run.rollouts.restore(kept.pop("rollout"))
+            if "rollout" in kept:
+                self.run.rollouts.restore(kept.pop("rollout"))
             kept = TrainState(**kept)
         self.state = kept
 

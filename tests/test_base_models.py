@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -234,11 +235,13 @@ CHATS = [
 def run(tmp_path_factory):
     """Four steps from a folder without the tokens of its rows' template, under data 4 x fsdp 2."""
     folder = tmp_path_factory.mktemp("base")
+    shutil.copytree(policy("llama"), folder / "model")
+    (folder / "model" / "generation_config.json").write_text('{"eos_token_id": [3, 77]}')
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
     changes = {
-        "model__random": None, "model__path": str(policy("llama")), "tokenizer__path": None, "epochs": None, "steps": 4,
-        "data__path": str(folder / "chats.jsonl"), "data__eval__path": str(folder / "chats.jsonl"), "max_length": 64,
-        "data__buckets": None, "mesh__data": 4, "mesh__fsdp": 2, "optim__learning_rate": 1e-3,
+        "model__random": None, "model__path": str(folder / "model"), "tokenizer__path": None, "epochs": None,
+        "steps": 4, "data__path": str(folder / "chats.jsonl"), "data__eval__path": str(folder / "chats.jsonl"),
+        "max_length": 64, "data__buckets": None, "mesh__data": 4, "mesh__fsdp": 2, "optim__learning_rate": 1e-3,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "plot", lambda folder: folder / "curves.png")
@@ -256,7 +259,7 @@ def test_a_run_trains_exports_generates_and_evaluates_with_the_tokens_of_its_con
     assert moved[[384, thinks]].all() and not moved[400:].any()  # rows of tokens that occur are trained, spare ones not
 
     model = generate.load(str(run))
-    assert 384 in model.stop_ids and model.tokenizer.chat_template == TEMPLATES["zephyr"]
+    assert {384, 77} <= {*model.stop_ids} and model.tokenizer.chat_template == TEMPLATES["zephyr"]
     generate.main(["generate", f"--model={run}", "--prompt=1 + 1 ?", "--max_new_tokens=4"])
     assert capsys.readouterr().out
     found = evaluate.evaluate(str(run), config_lib.load(str(run / "config.json")))

@@ -448,10 +448,24 @@ def test_a_bad_override_is_an_error_that_names_it(config_file, text):
         C.load(str(config_file), [text])
 
 
+def test_names_in_a_dict_key_may_have_dots(tmp_path):
+    """As paths of reward models have."""
+    options = {"model:../rm-0.6B": {"batch_size": 4}, "length": {"target": 8}}
+    (tmp_path / "mine.py").write_text(
+        "from jaxalign import config\n\n\ndef get_config(arg=None):\n    c = config.base()\n    c.steps = 1\n"
+        "    c.model.path = c.data.path = 'x'\n    c.loss.name = 'grpo'\n    c.batch_size = 8\n"
+        f"    c.rewards.functions = {tuple(options)}\n    c.rewards.options = {options}\n    return c\n"
+    )
+    loaded = C.load(str(tmp_path / "mine.py"))
+    assert loaded.rewards.options == options
+    (tmp_path / "config.json").write_text(C.to_json(loaded))
+    assert C.diff(C.load(str(tmp_path / "config.json")), loaded) == []
+
+
 def test_a_field_of_a_dict_key_can_be_overridden(config_file):
     fields = ["model.random.hidden_size=8", "model.random.model_type=llama"]
     overrides = ["model.path=none", "tokenizer.path=bytes", *fields]
-    assert C.load(str(config_file), overrides).model.random.to_dict() == {"hidden_size": 8, "model_type": "llama"}
+    assert C.load(str(config_file), overrides).model.random == {"hidden_size": 8, "model_type": "llama"}
 
 
 @pytest.mark.parametrize(

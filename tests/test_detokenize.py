@@ -59,10 +59,21 @@ def test_a_stop_string_before_min_new_tokens_does_not_count_one_across_it_does()
     assert looks_for("ab", min_new_tokens=3).text(ids, ended=False) == "ab "
 
 
-def test_special_and_added_tokens_become_stop_ids():
+def test_special_tokens_become_stop_ids_and_other_added_ones_are_text():
     stops, ids = detokenize.stops(BPE, ["<|im_end|>", "the", "the"])
     assert ids == [3] and stops.strings == ("the",)
     assert detokenize.stops(BPE, []) == (detokenize.Stops(BPE, ()), [])
+    tokenizer = load_tokenizer("llama")
+    tokenizer.add_tokens(["</think>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    stops, ids = detokenize.stops(tokenizer, ["</think>", "<|end|>"])
+    assert ids == tokenizer.convert_tokens_to_ids(["<|end|>"]) and stops.strings == ("</think>",)
+    whole = tokenizer("Hello</think> the", add_special_tokens=False)["input_ids"]
+    (token,) = tokenizer.convert_tokens_to_ids(["</think>"])
+    assert token in whole and stops(whole) == whole.index(token) + 1
+    assert stops.text(whole, ended=True) == "Hello"
+    spelled = [*ids_of("Hello</th", tokenizer), *ids_of("ink> the", tokenizer)]
+    assert token not in spelled and stops.text(spelled, ended=True) == "Hello"
 
 
 @pytest.mark.parametrize("strings", [[""], "text", [3]])
@@ -77,5 +88,6 @@ def test_bad_words_are_the_tokens_with_and_without_a_space_before():
     assert detokenize.bad_ids(BPE, ["<|im_end|>", "H"]) == [3, vocab["H"]]  # " H" is two tokens
     with pytest.raises(ValueError, match=r"bad_words: 'Hello there' is \d+ tokens, and only words that are one token"):
         detokenize.bad_ids(BPE, ["H", "Hello there"])
-    with pytest.raises(ValueError, match="expected a sequence"):
-        detokenize.bad_ids(BPE, "H")
+    for words in ("H", ["H", ""]):
+        with pytest.raises(ValueError, match="expected a sequence of texts that are not empty"):
+            detokenize.bad_ids(BPE, words)

@@ -368,6 +368,8 @@ def test_ctrl_c_ends_an_answer_and_the_chat_goes_on_with_what_was_said(llama, ca
         (["--prompt=a", "--raw", "--system=s"], "--raw leaves out"),
         (["--prompt=a", "--n=3"], "all equal"),
         (["--prompt=a", "--out=/nowhere/at/all.jsonl"], "folder does not exist"),
+        (["--prompt=a", "--out={tmp}"], "it can't be written"),
+        (["--prompts={tmp}/roles.jsonl"], "row 0: expected"),
         (["--prompt=a", "--step=best"], "folder of a run"),
         (["--prompt=a", "--temprature=1"], "temprature"),
         (["--prompt=a", "--temperature=-1"], "temperature"),
@@ -386,6 +388,7 @@ def test_ctrl_c_ends_an_answer_and_the_chat_goes_on_with_what_was_said(llama, ca
 def test_mistakes_on_the_command_line_end_with_status_2_and_a_reason(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(isatty=lambda: False))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (tmp_path / "roles.jsonl").write_text('{"prompt": [{"content": "b"}]}\n')
     with pytest.raises(SystemExit) as ended:
         command(*(flag.format(tmp=tmp_path) for flag in flags))
     assert ended.value.code == 2

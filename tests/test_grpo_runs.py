@@ -225,6 +225,24 @@ def test_stopped_within_and_between_rollouts_it_ends_in_the_same_bits(whole, fil
     runs.assert_same(folder, whole)
 
 
+def test_force_goes_on_in_the_middle_of_a_rollout_of_another_shape(files, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(Stopper, "should_stop", lambda self, n: n == 3)
+    with pytest.raises(train.Preempted):
+        runs.run(folder, **several(files))
+    monkeypatch.undo()
+    monkeypatch.setattr(metrics, "plot", lambda folder: folder / "curves.png")
+    fewer = {**several(files), "rewards__functions": (f"{files}/mine.py:letters",), "rewards__weights": ()}
+    del fewer["rewards__options"]
+    with pytest.raises(ValueError, match="go on with the new values by --resume=force"):
+        runs.run(folder, **fewer)
+    runs.run(folder, **fewer, resume="force")
+    lines = [line for line in metrics.read_metrics(folder) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert "rewards/own/mean" in lines[2] and "rewards/own/mean" not in lines[3]
+    assert "time/generate" in lines[3]  # a rollout of its own
+
+
 @pytest.mark.slow
 def test_a_users_function_of_two_turns_and_a_tool_trains(files, tmp_path, monkeypatch):
     masked = []

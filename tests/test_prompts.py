@@ -63,6 +63,14 @@ ROWS = {
 }
 
 
+def test_columns_are_there_whichever_rows_are_asked_for(make):
+    done = make([{"prompt": f"cloud {i}", **({"answer": i} if i % 2 else {})} for i in range(4)])
+    assert done.column_names == ("answer",)
+    assert done.columns([0, 2]) == {"answer": [None, None]} and done.columns([1, 2]) == {"answer": [1, None]}
+    late = make([*({"prompt": f"cloud {i}"} for i in range(100)), {"prompt": "glass", "late": 1}])
+    assert late.columns([0]) == {} and late.columns([100, 0]) == {"late": [1, None]}
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_every_format_gives_its_prompt(make, tokenizer, name):
     row, prompt = ROWS[name]
@@ -302,7 +310,7 @@ def test_a_config_finds_the_function_beside_itself(tmp_path, file, monkeypatch):
     )
     monkeypatch.chdir("/")
     loaded = config.load(str(tmp_path / "run.py"))
-    assert loaded.data.format == f"{file}:template" and loaded.data.format_options.to_dict() == {"end": "!"}
+    assert loaded.data.format == f"{file}:template" and loaded.data.format_options == {"end": "!"}
     with pytest.raises(ValueError, match="data.format_options = .* has no effect"):
         config.load(str(tmp_path / "run.py"), ["data.format=pairs"])
     with pytest.raises(ValueError, match=r"data.format: got 'pears', expected auto, FILE.function"):

@@ -199,6 +199,13 @@ def test_an_async_functions_rows_are_asked_for_alone_at_the_same_time(folder):
     assert "got 'unsure'" in scores.traceback
 
 
+def test_rows_without_a_column_that_is_asked_for_have_none(folder):
+    """Rows of an evaluation, say: training rows have it, or the run would not begin."""
+    with rewards.load(["functions.plain"], config_folder=folder, columns=["answer"]) as scorer:
+        scores = scorer(["q"] * 2, ["c"] * 2, {}, completion_ids=[[1]] * 2)
+    assert np.isnan(scores.values).all() and not scores.errors.any()
+
+
 def test_none_is_no_failure_and_a_number_for_all_is_one(misbehaving):
     scores = call(misbehaving, how=["none", "", "none"])
     np.testing.assert_array_equal(scores.values[:, 0], [NAN, 1, NAN])

@@ -195,6 +195,22 @@ def test_steps_and_epochs_count_prompts():
     assert source(num_iterations=1).prompts_per_step == 2 and source(num_iterations=1).steps(1.5) == 8
 
 
+def test_a_masked_completion_costs_no_kl_divergence():
+    score = lambda sampled, *_: {"old_logps": sampled.sampling_logps, "ref_logps": 2 * sampled.sampling_logps}  # noqa: E731
+    options = {"score": score, "scored": ("old_logps", "ref_logps"), "estimator": "leave_one_out", "beta": 0.01}
+    found = {}
+    for masks in (False, True):
+        rollouts = source(mask_truncated=masks, **options)
+        rollouts(0, 3)
+        found[masks] = rollouts.rollout.advantages.reshape(-1, GROUP)
+    # Three tokens cost 1 + 2 + 3 nats; the group's other completion, which has no end, 1 + 2 + 3 + 4 or nothing.
+    ended = rollouts.rollout.truncated.reshape(-1, GROUP) == 0
+    assert (ended == [True, False]).all()
+    even = rollouts.rollout.prompts[::GROUP] % 2 == 0
+    np.testing.assert_allclose(found[False][:, 0], np.where(even, -1, 0) - 0.06 + 0.10, atol=1e-6)
+    np.testing.assert_allclose(found[True][:, 0], np.where(even, -1, 0) - 0.06, atol=1e-6)
+
+
 def test_advantages_of_tokens_stand_at_their_tokens():
     score = lambda sampled, *_: {"old_logps": sampled.sampling_logps, "ref_logps": 2 * sampled.sampling_logps}  # noqa: E731
     rollouts = source(estimator="reinforce_pp", beta=0.1, score=score, scored=("old_logps", "ref_logps"))
@@ -227,6 +243,8 @@ def test_keys_that_do_nothing_or_contradict_are_named():
         ({"rewards__functions": None}, "rewards.functions is missing"),
         ({"rewards__functions": ("a.f", "b.py:f")}, "two of f, f have one name"),
         ({"rollout__min_new_tokens": 300}, "rollout.min_new_tokens = 300 is more than"),
+        ({"loss__importance_sampling_correction": True, "loss__importance_sampling_clip_min": 4.0}, "4.0, not below"),
+        ({"checkpoint__keep_best": 1, "data__eval__fraction": 0.1}, "e.g. eval_reward"),
         ({"rollout__num_generations": 1}, "grpo compares a completion with others of its prompt"),
         ({"rollout__num_generations": 1, "loss__name": "rloo"}, "rloo compares a completion"),
         ({"rollout__resample": 1, "rollout__num_generations": 1}, "replaces groups whose rewards are all alike"),

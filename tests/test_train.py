@@ -299,3 +299,13 @@ def test_out_of_memory_is_explained_with_preflights_table_and_a_setting(tmp_path
     text = str(caught.value)
     for name in ("17.18 GB were asked for", "score", "train step", "arguments", "temporaries", "try --config."):
         assert name in text, text
+
+
+def test_an_evaluation_that_says_nothing_is_never_the_best():
+    stopping = SimpleNamespace(metric="eval_reward", mode="max")
+    one = SimpleNamespace(progress=train.Progress(), config=SimpleNamespace(early_stopping=stopping))
+    seen = []
+    for value in (float("nan"), 1.0, float("nan"), 0.5, 2.0):
+        one.progress.best, one.progress.evals_since_best = train.Training.patience(one, {"eval_reward": value})
+        seen.append((one.progress.best, one.progress.evals_since_best))
+    assert seen == [(None, 1), (1.0, 0), (1.0, 1), (1.0, 2), (2.0, 0)]

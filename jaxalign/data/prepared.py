@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -124,14 +124,15 @@ class Prepared:
 
     def columns(self, examples: Sequence[int] | np.ndarray) -> dict[str, list[Any]]:
         """{column: its value of each of these examples} of all columns but `prompt`, as rewards take them; None where a
-        row lacks a column."""
+        row lacks a column that another of them, or one of `column_names`, has."""
         rows = [self.text(int(i)) for i in examples]
-        names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+        names = dict.fromkeys((*self.column_names, *_columns_of(rows)))
         return {name: [row.get(name) for row in rows] for name in names}
 
-    def column_names(self, of: int = 100) -> list[str]:
-        """The columns that any of the first `of` examples has: what a reward can ask for."""
-        return list(self.columns(range(min(len(self), of))))
+    @cached_property
+    def column_names(self) -> tuple[str, ...]:
+        """The columns that any of the first hundred examples has: what a reward can ask for."""
+        return tuple(_columns_of(self.text(i) for i in range(min(len(self), 100))))
 
     def source_text(self, row: int) -> Any:
         """Row `row` of the source, kept or dropped."""
@@ -158,6 +159,10 @@ class Prepared:
         if not np.array_equal(index, self.index):
             fingerprint = digest(self.meta["fingerprint"], hashlib.sha256(index.tobytes()).hexdigest())
         return replace(self, index=index, fingerprint=fingerprint)
+
+
+def _columns_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, None]:
+    return dict.fromkeys(name for row in rows for name in row if name != "prompt")
 
 
 def stored_width(kind: str) -> int:

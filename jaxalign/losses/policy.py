@@ -45,7 +45,8 @@ def policy_ratio(
       mask_RT: bool, the tokens that count; a token's own ratio is 1 elsewhere.
       segment_ids_RT, num_segments: see `segments.per_sequence`.
       level: `token`: its own; `sequence`: the mean over its sequence (GSPO); `sequence_token`: that mean, with the
-        gradient of its own (GSPO-token); `sum`: the sum over its sequence (RLOO).
+        gradient of its own (GSPO-token); `sum`: the sum over its sequence (RLOO). The losses take ratios between e^-20
+        and e^20; beyond these is no gradient.
 
     References:
       Zheng et al. 2025, https://arxiv.org/abs/2507.18071 (GSPO).
@@ -381,6 +382,9 @@ def check(name: str, options: Mapping[str, Any]) -> None:
             if not (option in _ANY or ((value > 0 or low_is_fine) and high_is_fine)):
                 wanted = "in [0, 1]" if option in _SHARES else "at least 0" if option in _NOT_NEGATIVE else "above 0"
                 raise ValueError(f"{option} is {value}, expected a number {wanted}")
+    low, high = (options.get(f"importance_sampling_clip_{end}") for end in ("min", "max"))
+    if low is not None and high is not None and low >= high:
+        raise ValueError(f"importance_sampling_clip_min is {low}, not below importance_sampling_clip_max = {high}")
     if POLICY[name].corrects_ratio and not options["importance_sampling_mode"].startswith("token"):
         mode = options["importance_sampling_mode"]
         raise ValueError(f"importance_sampling_mode is {mode!r}, but {name} takes token_truncate or token_mask")

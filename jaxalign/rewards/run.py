@@ -212,6 +212,9 @@ class Worker:
         # A column named like an option is not it: an option that is set, or of a shipped function any behind its star.
         options = {*self._options, *(self._takes["options"] if self._is_shipped else ())}
         taken = {name: values for name, values in arguments.items() if name in names and name not in options}
+        # What training rows have, rows of an evaluation may lack.
+        lacking = {*self._takes["required"]} - {*self._options, *taken}
+        taken |= {name: [None] * count for name in lacking}
         self._hear()
         self._said = b""
         begun = time.monotonic()

@@ -7,8 +7,8 @@
 nothing else. Before training the model mostly writes sentences. 512 pairs of two-digit numbers to train on, 64 others
 held out, answered at temperature 1 (`larger_*.jsonl`, made for this). Groups of 8, no KL term, one update a rollout.
 
-Expected time: 260 s of CPU time, shared by two cores. Expected numbers: reward on 64 held-out examples 0.104 before,
-0.594 after; a change of +0.490 +- 0.077 (standard error; seeds 0, 1, 2).
+Expected time: 256 s of CPU time, shared by two cores. Expected numbers: reward on 64 held-out examples 0.094 before,
+0.609 after; a change of +0.516 +- 0.087 (standard error; seeds 0, 1, 2).
 """
 
 from ml_collections import ConfigDict

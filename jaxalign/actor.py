@@ -129,17 +129,16 @@ class Actor:
                     f"rollout.function returned {len(ids)} tokens after a prompt of {len(row['prompt_ids'])}, more "
                     f"than max_length = {self.max_length} holds: raise it, or end such rows earlier"
                 )
-        _check_same("what it returned", [*tokens, *masks])
+        known = any(np.isfinite(x[mask]).any() for x, mask in zip(logps, masks, strict=True))
+        _check_same("what it returned", [*tokens, *masks, known])
         ended = np.array([self._has_ended(ids, mask) for ids, mask in zip(tokens, masks, strict=True)])
         whole = Stops(self.tokenizer, ())  # a turn's stop string is no end of the text
-        known = any(np.isfinite(x[mask]).any() for x, mask in zip(logps, masks, strict=True))
         texts = [whole.text(ids.tolist(), ended=True) for ids in tokens]
         return Sampled(tokens, masks, logps if known else None, ended, texts)
 
     def _has_ended(self, ids: np.ndarray, mask: np.ndarray) -> bool:
         """Whether the last turn of a completion ends by itself."""
-        last_turn = ids[len(ids) - int(np.argmin([*mask[::-1], False])) :]
-        return ids[-1] in self.stop_ids or self._stops[0](last_turn.tolist()) is not None
+        return ids[-1] in self.stop_ids or bool(mask[-1] and self._stops[0].completed_by_last(ids.tolist()))
 
     def reward(
         self, prepared: Prepared, places: Sequence[int] | np.ndarray, sampled: Sampled

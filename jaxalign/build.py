@@ -236,6 +236,7 @@ class Run(Programs):
             score=self._score_rollout,
             scored=programs.scored(self.config, objective),
             sampling_logps=programs.has_sampling_logps(self.config),
+            corrects=self.config.loss.importance_sampling_correction,
             mask_truncated=self.config.loss.mask_truncated_completions,
             **layout,
         )
@@ -397,7 +398,8 @@ class Run(Programs):
     def first_completions_file(self) -> epath.Path:
         """Where the completions of the untrained policy are kept: what they depend on is in the name."""
         samples = self.config.samples
-        asked = [samples.prompts, samples.max_new_tokens, samples.temperature, self.config.seed]
+        ends = hf.stop_ids(self.cfg, path=self.config.model.path)
+        asked = [samples.prompts, samples.max_new_tokens, samples.temperature, self.config.seed, ends]
         what = [reference.VERSION, self._policy_identity, self.data.fingerprint, self.cfg.compute_dtype, *asked]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
         return self.data.train.kept_in / f"completions-{digest}.json"

@@ -152,7 +152,7 @@ def prefill(cfg: ModelConfig, params: Params, tokens_FP: jax.Array, lengths_F: j
         layers, prompt = (None,) * (x.ndim - 4), x.ndim - 4
         x = sharding.constrain(x, *layers, sharding.ROWS, HEADS, None, None)
         end = jax.vmap(lambda x, length: jnp.roll(x, width - length, axis), (prompt, 0), prompt)
-        return sharding.constrain(end(x, lengths_F), *layers, None, HEADS, None, None)  # any may go to any slot
+        return sharding.constrain(end(x, lengths_F), *layers, sharding.ROWS, HEADS, None, None)
 
     k, v = (jax.tree.map(functools.partial(shelved, axis=axis), cache[name]) for name, axis in PLACES.items())
     return Shelf(k, v, tokens_FP)
@@ -169,6 +169,7 @@ def fill(cfg: ModelConfig, slots: Slots, shelf: Shelf, filling: Filling) -> Slot
     gets_RS = taken_R[:, None] & (from_S < width)
 
     def put(old: jax.Array, prompts: jax.Array, axis: int) -> jax.Array:
+        prompts = sharding.constrain(prompts, None, HEADS, None, None)  # any may go to any slot
         new = jnp.take(jnp.take(prompts, source_R, axis=0), from_S, axis=axis, mode="clip")
         return jnp.where(jnp.expand_dims(gets_RS, (1, 2) if axis == -1 else (1, 3)), new, old)
 

@@ -28,6 +28,11 @@ class Stops:
             low, high = (middle + 1, high) if self._find(ids[:middle]) is None else (low, middle)
         return low
 
+    def completed_by_last(self, ids: Sequence[int]) -> bool:
+        """Whether the last token completes a stop string, be it the first or not."""
+        whole, before = self._decode(ids), self._decode(ids[:-1])
+        return any(whole.count(string) > before.count(string) for string in self.strings)
+
     def text(self, ids: Sequence[int], *, ended: bool) -> str:
         """The text of a completion, without special tokens, up to the stop string.
 

@@ -195,9 +195,7 @@ def _rows(values: flags.FlagValues) -> list[dict[str, Any]]:
     rows = list(sources.read_rows(values.prompts))
     for number, row in enumerate(rows):
         prompt = row.get("prompt") if isinstance(row, Mapping) else None
-        is_chat = isinstance(prompt, list) and all(
-            isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in prompt
-        )
+        is_chat = isinstance(prompt, list) and all(isinstance(turn, Mapping) and "role" in turn for turn in prompt)
         if not isinstance(prompt, str) and not is_chat:
             shown = f"{row!r:.200}"
             raise ValueError(f'{values.prompts}, row {number}: expected {{"prompt": text or messages}}, got {shown}')

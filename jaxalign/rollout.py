@@ -38,7 +38,8 @@ class Rollout:
       prompts [C] int32: places in the prepared prompts.
       tokens [C, T] int32, mask [C, T] bool (True: sampled), lengths [C, 1], prompt_lengths [C] int32.
       sampling_logps, old_logps, ref_logps [C, T] float32: of the masked tokens, as the sampler had them, and scored
-        then by the policy and its reference; 0 elsewhere, or where nobody asks.
+        then by the policy and its reference; 0 elsewhere, or where nobody asks (a user's function gives the first, NaN
+        where it does not know).
       rewards [C, F] float32, NaN where there is none; failed [C, F] bool.
       advantages float32 [C], or [C, T] where they differ from token to token.
       truncated [C] float32: 1 where a limit ended the completion.
@@ -141,6 +142,7 @@ class Rollouts:
         score: Score = lambda rollout, params, ref_params: {},
         scored: Sequence[str] = (),
         sampling_logps: bool = True,
+        corrects: bool = False,
         mask_truncated: bool = False,
         **layout: Any,
     ):
@@ -150,13 +152,14 @@ class Rollouts:
         weights, scale, aggregation, estimator, beta, clip_range, normalize: how rewards become advantages, see
           `advantages.combine`.
         score, scored: gives the log-probs named in `scored`: old_logps, ref_logps, both or none.
-        sampling_logps: batches say how likely tokens were where they were sampled.
-        mask_truncated: what completions without an end cost in KL divergence is taken off no reward.
+        sampling_logps: batches say how likely tokens were where they were sampled; NaN: not known.
+        corrects: the loss corrects by these, so that some are to be known.
+        mask_truncated: completions without an end cost no KL divergence, and their tokens count in no mean.
         layout: buckets, packing, packed_length, row_multiple and rows, as of `ExampleSource`.
         """
         self.prepared, self.actor, self.seed = prepared, actor, seed
         self._score, self.scored, self._layout = score, tuple(scored), layout
-        self._sampling_logps, self._mask_truncated = sampling_logps, mask_truncated
+        self._sampling_logps, self._corrects, self._mask_truncated = sampling_logps, corrects, mask_truncated
         self._weights = np.asarray(weights or (1.0,) * len(actor.rewards.names), np.float32)
         self._combine: dict[str, Any] = {
             "num_generations": num_generations,
@@ -263,11 +266,11 @@ class Rollouts:
         with self._timed("generate"):
             seed = seed_of(self.seed, 3, number, attempt)
             sampled = self.actor.sample(params, self.prepared, places, seed, n=self._group)
-        if self._sampling_logps and sampled.logps is None:
+        if self._corrects and sampled.logps is None:
             raise ValueError(
-                "loss.importance_sampling_correction and loss.off_policy_mask_threshold compare with the log-probs "
-                "that tokens were sampled with: have rollout.function return (token ids, mask, log-probs) for each row "
-                "(generate.sample gives them), or leave both keys out"
+                "loss.importance_sampling_correction compares with the log-probs that tokens were sampled with: have "
+                "rollout.function return (token ids, mask, log-probs) for each row (generate.sample gives them), or "
+                "set it to False"
             )
         with self._timed("reward"):
             rewards, failed = self.actor.reward(self.prepared, places, sampled)
@@ -280,8 +283,7 @@ class Rollouts:
             here = slice(len(prompt), len(prompt) + len(ids))
             rollout.tokens[c, : len(prompt)], rollout.tokens[c, here] = prompt, ids
             rollout.mask[c, here] = mask
-            if sampled.logps is not None:
-                rollout.sampling_logps[c, here] = sampled.logps[c]
+            rollout.sampling_logps[c, here] = np.nan if sampled.logps is None else sampled.logps[c]
         return dataclasses.replace(
             rollout,
             number=np.array(number, np.int32),

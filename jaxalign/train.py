@@ -484,6 +484,8 @@ class Training:
         kept = self.kept()
         try:
             return self.checkpoints.restore(kept)
+        except checkpoint.InvalidCheckpoint:
+            raise
         except ValueError:
             if self.config.resume != "force" or self.run.rollouts is None:
                 raise

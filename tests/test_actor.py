@@ -152,7 +152,10 @@ def test_the_last_turn_of_a_users_function_ends_by_stop_id_or_text(asked):
         ([1, 1, 4, 2, END], [True, True, False, True, True], True),
         ([2, 4, 1, 1], [True, False, True, True], True),  # the stop text ends the last turn
         ([1, 1, 4, 2], [True, True, False, True], False),  # it ended the first one only
+        ([1, 1, 2, 2], [True] * 4, False),  # the first of two turns without a tool's between
+        ([1, 1, 2, 1, 1], [True] * 5, True),
         ([1, 1, 4], [True, True, False], False),  # the tool has the last word
+        ([4, 1, 1], [True, False, False], False),
         ([1, 1], [True, True], True),
     ]
     function = lambda generate, rows: [turn[:2] for turn in turns]  # noqa: E731

@@ -297,6 +297,9 @@ def test_options_that_no_golden_case_has_equal_trl(number, monkeypatch):
     objective = objectives.make(CFG, name, mask_truncated_completions=True, max_completion_length=9, **options)
     (loss, _), gradients = jax.value_and_grad(objective, has_aux=True)(params, None, batch, {}, None)
     np.testing.assert_allclose(loss, want, rtol=1e-5, atol=1e-7)
+    if "off_policy_mask_threshold" in options:  # what is not known is taken from the old policy, as if nothing were
+        unknown = {**batch, "sampling_logps": np.full(batch["mask"].shape, np.nan, np.float32)}
+        np.testing.assert_array_equal(objective(params, None, unknown, {}, None)[0], loss)
     assert objective.total(objective.examples(params, None, batch)) == pytest.approx(want, rel=1e-5)
     np.testing.assert_allclose(np.linalg.norm(gradients["logps"]), norm, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(gradients["entropy"]), of_entropy or 0, rtol=1e-5)

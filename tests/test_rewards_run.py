@@ -204,6 +204,9 @@ def test_rows_without_a_column_that_is_asked_for_have_none(folder):
     with rewards.load(["functions.plain"], config_folder=folder, columns=["answer"]) as scorer:
         scores = scorer(["q"] * 2, ["c"] * 2, {}, completion_ids=[[1]] * 2)
     assert np.isnan(scores.values).all() and not scores.errors.any()
+    with rewards.load(["functions.plain"], config_folder=folder) as scorer:  # not known to be a column of anything
+        lost = scorer(["q"], ["c"], {}, completion_ids=[[1]])
+    assert lost.errors.all() and "missing 1 required positional argument: 'answer'" in lost.traceback
 
 
 def test_none_is_no_failure_and_a_number_for_all_is_one(misbehaving):

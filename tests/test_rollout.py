@@ -177,8 +177,10 @@ def test_log_probs_of_another_sampler_are_asked_for_where_they_are_needed():
 
     batch = without(source(sampling_logps=False, scored=()))(0, 3)
     assert "sampling_logps" not in batch
+    batch = without(source(scored=()))(0, 3)
+    assert np.isnan(batch["sampling_logps"][batch["mask"]]).all()
     with pytest.raises(ValueError, match="have rollout.function return .token ids, mask, log-probs. for each row"):
-        without(source())(0, 3)
+        without(source(corrects=True))(0, 3)
 
 
 def test_metrics_leave_out_what_has_no_reward_and_count_what_failed():

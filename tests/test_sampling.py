@@ -345,11 +345,14 @@ def test_a_mesh_samples_what_one_device_samples_and_weights_stay_where_they_lie(
         samples = run(placed, PROMPTS[:rows], keys, limits)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), placed)
         asked = dict(n_prompts=rows, max_prompt_tokens=10, max_new_tokens=N)
-        decode = sampling.programs(TINY, abstract, **asked)["decode"].lower().compile()
+        programs = sampling.programs(TINY, abstract, **asked)
+        decode, prefill = programs["decode"].lower().compile(), programs["prefill"].lower()
         run(placed, PROMPTS[:rows], keys, limits)
     assert [new - old for new, old in zip(compiled(), before, strict=True)] == [1] * 5
     for row in range(rows):
         assert_is_naive(samples, row, expected[row])
+    for shelf, where in zip(prefill.out_info.k, prefill.compile().output_shardings.k, strict=True):
+        assert where.shard_shape(shelf.shape)[0] * 4 == shelf.shape[0]  # no device holds all prompts
     moved = re.findall(r"= [a-z0-9]+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)", decode.as_text())
     # No weight, no logits and no cache travel at every token: a row of either is longer than all that does.
     assert moved and max(np.prod([int(n) for n in shape.split(",") if n]) for shape in moved) <= 8 * 64

@@ -234,7 +234,8 @@ class Policy(batches.Stateless):
             corrected, logps, advantages, **{name: x for name, x in keywords.items() if name in takes}
         )
         if (threshold := options["off_policy_mask_threshold"]) is not None:
-            drift = sequences.mean(jnp.nan_to_num(batch.get("sampling_logps", old_logps) - logps))
+            sampled = batch.get("sampling_logps", old_logps)
+            drift = sequences.mean(jnp.where(jnp.isnan(sampled), old_logps, sampled) - logps)
             token_losses = jnp.where((advantages >= 0) | (drift <= threshold), token_losses, 0)
         if self.couples:
             token_losses = jnp.where(batch["high_entropy"], token_losses, 0)

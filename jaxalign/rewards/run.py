@@ -61,6 +61,7 @@ class Worker:
         self._is_shipped = function.startswith(f"{__package__}.")
         self._setup: dict[str, Any] = {"function": function, "options": dict(options), "memory_gb": memory_gb}
         self._takes: dict[str, Any] = {}  # its arguments: see worker.py
+        self._columns = frozenset[str]()  # that training rows have
         self._process: subprocess.Popen[bytes] | None = None
         self._starts, self._seconds = 0, 0.0  # of processes; that calls took
         self._start()
@@ -87,6 +88,7 @@ class Worker:
                     f"rewards.options: {self._name} has no argument {option!r}{did_you_mean(option, names)}; it has "
                     + ", ".join(names)
                 )
+        self._columns = frozenset(columns or ()) - {"prompt", "completion"}
         for name in self._takes["required"]:
             if columns is not None and name not in (*columns, *self._options, *GIVEN):
                 raise ValueError(
@@ -213,7 +215,7 @@ class Worker:
         options = {*self._options, *(self._takes["options"] if self._is_shipped else ())}
         taken = {name: values for name, values in arguments.items() if name in names and name not in options}
         # What training rows have, rows of an evaluation may lack.
-        lacking = {*self._takes["required"]} - {*self._options, *taken}
+        lacking = self._columns.intersection(self._takes["required"]) - {*options, *taken}
         taken |= {name: [None] * count for name in lacking}
         self._hear()
         self._said = b""

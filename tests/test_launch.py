@@ -261,7 +261,7 @@ def host(fakes):
     yield call
     for file in folder.glob("pid"), folder.glob("child"):  # of a test that failed
         for pid in file:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(pid.read_text()), 9)
 
 
@@ -270,6 +270,11 @@ def until(condition, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come"
         time.sleep(0.02)
+
+
+def is_written(file: Path) -> bool:
+    """Whether a line is in it: the shell makes a file before it writes."""
+    return file.exists() and file.read_text().endswith("\n")
 
 
 @pytest.mark.parametrize("statuses, want, times", [("75 75 0", 0, 3), ("75 1", 1, 2), ("76", 76, 1), ("139", 139, 1)])
@@ -288,7 +293,7 @@ def test_stop_on_a_host_lets_the_run_save_and_does_not_start_it_again(host):
     (host.folder / "statuses").write_text("wait\n0\n")
     host("start", "train")
     seen = host.folder / "seen"
-    until(lambda: seen.exists() and (host.folder / "child").exists())
+    until(lambda: seen.exists() and is_written(host.folder / "child"))
     assert host("status").strip() == "running"
     assert "a run is under way" in host("start", "train", status=1)
     host("stop")
@@ -303,7 +308,7 @@ def test_stop_on_a_host_lets_the_run_save_and_does_not_start_it_again(host):
 def test_a_host_whose_run_was_killed_says_so(host):
     (host.folder / "statuses").write_text("wait\n")
     host("start", "train")
-    until((host.folder / "child").exists)
+    until(lambda: is_written(host.folder / "pid") and is_written(host.folder / "child"))
     for file in ("pid", "child"):
         os.kill(int((host.folder / file).read_text()), 9)
     until(lambda: host("status").strip() == "137")

@@ -12,7 +12,7 @@ Measure both ends by `python -m jaxalign.evaluate --task=openai/gsm8k --name=mai
 
 Memory by the TPU compiler (libtpu 0.0.42; `python -m jaxalign.preflight --config=configs/grpo_gsm8k_qwen2p5_0p5b.py
 --topology=v5e:2x2 --model_config=configs/shapes/qwen2p5_0p5b.json`): 4.4 of 16.9 GB of each chip of v5e:2x2; 4.3 of
-102.8 GB on v5p:2x2x1. The sampler's programs need 2.8 and 2.7 GB.
+102.8 GB on v5p:2x2x1. The sampler's programs need 2.7 GB on v5e:2x2.
 
 Expected time: not run. Expected numbers: not run.
 """
